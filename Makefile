@@ -1,0 +1,64 @@
+# The course's commands. The first one that needs Python packages builds .venv; later ones find it built.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Written when the build is complete: an interrupted build leaves no stamp and is begun anew.
+STAMP := $(VENV)/.built
+
+.PHONY: help lab train test bench pages check lint corpus clean
+help:
+	@echo "make lab      open the pages in JupyterLab"
+	@echo "make train    train and sample at the command line (ARGS=--help lists the options)"
+	@echo "make test     run the tests and check every page (ARGS=... goes to pytest)"
+	@echo "make bench    measure speed, as ratios"
+	@echo "make pages    run every page anew and save it with its outputs (PAGES=\"01 02\": only these)"
+	@echo "make check    say what breaks a rule of a page (PAGES=... as above)"
+	@echo "make lint     look for mistakes in the code"
+	@echo "make corpus   write data/tiny_corpus.txt anew"
+	@echo "make clean    delete .venv and what tools left behind"
+	@echo
+	@echo "PYTHON=python3.12 picks the Python to build .venv with."
+
+$(STAMP): requirements.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "Python is missing: there is no '$(PYTHON)'. Install Python 3.10 or newer, or name one: make PYTHON=python3.12"; \
+	  exit 1; } >&2
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python is too old: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). This course needs 3.10 or newer;" \
+	       "name one: make PYTHON=python3.12"; \
+	  exit 1; } >&2
+	@echo "Building $(VENV); this takes a minute or two, once."
+	@rm -rf $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+lab: $(STAMP)
+	cd notebooks && ../$(RUN) -m jupyterlab 00_start_here.ipynb
+
+train: $(STAMP)
+	$(RUN) tinygpt_helpers.py $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(RUN) tests/bench.py $(ARGS)
+
+pages: $(STAMP)
+	$(RUN) tests/pages.py run $(PAGES)
+
+check: $(STAMP)
+	$(RUN) tests/pages.py check $(PAGES)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+
+corpus: $(STAMP)
+	$(RUN) data/make_tiny_corpus.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis pages-out
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,831 @@
+"""Make the tiny corpus: one megabyte of very short stories whose loss floor is known exactly.
+
+    python data/make_tiny_corpus.py            # write data/tiny_corpus.txt, print its counts
+    python data/make_tiny_corpus.py --check    # compare with the file on disk, write nothing
+
+Read the file from top to bottom:
+
+1. The grammar, as data: FORMS (words that agree), LISTS (what a slot may say), SHAPES (stories).
+2. `weights`, the one rule for what may stand in a slot, and how likely it is.
+3. The sampler: a walk over a shape that writes a story and knows its log-probability.
+4. The parser: the same walk, led by a text. It tells whether a story is spelled, grammatical,
+   remembers and counts, and gives the log-probability of the story back.
+5. The corpus: split, floor, command line.
+
+Standard library only. All randomness comes from `random.Random(seed).random()` and integer
+weights, so that every machine and every Python from 3.10 on writes the same bytes.
+The words are the course's own; the corpus and this grammar are CC0.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import random
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+SEED = 1
+N_STORIES = 5800
+PATH = Path(__file__).with_name("tiny_corpus.txt")
+
+# ------------------------------------------------------------------------------------------------
+# 1. The grammar, as data
+#
+# A template is plain text with slots in braces:
+#   {COLOUR}       draw an entry of the list COLOUR
+#   {c:COLOUR}     draw one and remember it as c
+#   {c}            memory: say again what c was
+#   {food/n}       the form of food that goes with the number n (apple/apples); {v/1} is form 1
+#   {he@hero}      agreement: he or she, as hero is; {is@n} is or are, as n is
+#   {a}            agreement: a or an, by the sound of the next word
+#   {n#2..12}      draw a number between two bounds (1..k-1 may name earlier numbers)
+#   {r=n-k}        counting: the result, remembered as r
+# The entries of a list stand with the commonest first: entry number r = 0, 1, 2, … has the weight
+# 1000 // (r + 20). No list says the same entry twice in one story. An entry may be a template too.
+# ------------------------------------------------------------------------------------------------
+
+# For a he or a single thing / for a she or several things.
+FORMS = {
+    "he": "he/she", "He": "He/She", "his": "his/her", "His": "His/Her", "him": "him/her",
+    "brother": "brother/sister", "is": "is/are", "was": "was/were", "it": "it/them",
+    "they": "it/they", "year": "year/years",
+}  # fmt: skip
+
+# Words whose first letter does not tell whether they take "a" or "an".
+A_BEFORE = {"ukulele", "useful", "uniform", "unicorn", "unique"}
+AN_BEFORE = {"honest", "hour"}
+
+LISTS = {
+    # People and beasts: the second form is what agreement asks for.
+    "NAME": """Tom/he | Mia/she | Ben/he | Lily/she | Sam/he | Anna/she | Leo/he | Zoe/she |
+        Max/he | Ivy/she | Oscar/he | Grace/she | Finn/he | Rosa/she | Hugo/he | Ella/she |
+        Jack/he | Nina/she | Omar/he | Kate/she | Paul/he | Uma/she | Victor/he | Wendy/she |
+        Yusuf/he | Xena/she | Quinn/he | Clara/she | Dan/he | Pia/she | Ken/he | Bella/she |
+        Eli/he | Vera/she | Felix/he | Tess/she | Gus/he | Yara/she | Noah/he | Olive/she |
+        Ravi/he | Hana/she | Igor/he | Ruby/she""",
+    "KIN": """mother/she | father/he | grandmother/she | uncle/he | aunt/she | brother/he |
+        sister/she | grandfather/he""",
+    "PET": """cat | dog | rabbit | mouse | duck | goat | owl | hen | frog | pony | hamster |
+        turtle | parrot | hedgehog | otter | puppy | kitten | fox | donkey | squirrel | snail |
+        goose | pig | lamb | iguana | crow | badger | beetle | unicorn | ostrich | toad""",
+    "FLOCK": """duck/ducks | sheep/sheep | rabbit/rabbits | hen/hens | mouse/mice | goat/goats |
+        goose/geese | frog/frogs | pony/ponies | squirrel/squirrels | owl/owls | crow/crows |
+        puppy/puppies | cow/cows | pigeon/pigeons | hedgehog/hedgehogs | fox/foxes |
+        sparrow/sparrows | donkey/donkeys | piglet/piglets""",
+    "NATURE": """brave | hungry | lazy | clever | shy | sleepy | noisy | old | gentle | grumpy |
+        proud | honest | curious | cheerful | polite | impatient | elegant | tidy | eager |
+        anxious | restless | silly | wise | stubborn | ordinary | friendly | unique | fussy""",
+    # Things and what they are like.
+    "COLOUR": """red | blue | green | yellow | black | white | orange | brown | pink | purple |
+        grey | silver | golden | ivory | striped | indigo | spotted | amber""",
+    "LOOK": """little | old | big | new | shiny | tiny | odd | lovely | dusty | funny | useful |
+        huge | ugly | pretty | ancient | plain | curious | elegant | enormous | crooked |
+        expensive | simple | ordinary | wonderful | unusual""",
+    "THING": """ball | hat | book | kite | drum | spoon | key | bell | cup | lamp | scarf |
+        umbrella | whistle | clock | doll | coin | button | teapot | pencil | ribbon | mirror |
+        ukulele | flute | brush | mitten | map | candle | envelope | compass | apron | feather |
+        puzzle | locket | notebook | magnet | basin | yo-yo | trumpet | pillow | inkpot |
+        necklace | ladle""",
+    "HOLDER": """box | bag | basket | drawer | chest | sack | cupboard | trunk | suitcase |
+        backpack | crate | wardrobe""",
+    "SILLY": """sock | biscuit | slipper | spider | potato | sandwich | shoe | onion | snail |
+        comb | egg | carrot | ant | pea | turnip | cobweb""",
+    "FOOD": """apple/apples | cookie/cookies | bun/buns | pear/pears | egg/eggs | plum/plums |
+        cherry/cherries | muffin/muffins | carrot/carrots | pancake/pancakes | peach/peaches |
+        orange/oranges | tomato/tomatoes | pie/pies | fig/figs | strawberry/strawberries |
+        sandwich/sandwiches | dumpling/dumplings | potato/potatoes | radish/radishes |
+        waffle/waffles | pretzel/pretzels | onion/onions | doughnut/doughnuts""",
+    "TASTE": """sweet | fresh | tiny | ripe | warm | tasty | round | big | fine | soft | lovely |
+        small | perfect | juicy""",
+    "COLLECT": """shell/shells | stone/stones | button/buttons | marble/marbles | stamp/stamps |
+        feather/feathers | acorn/acorns | coin/coins | leaf/leaves | bead/beads | card/cards |
+        pebble/pebbles | sticker/stickers | balloon/balloons | chestnut/chestnuts |
+        postcard/postcards | ribbon/ribbons | bottle/bottles | flower/flowers | key/keys |
+        brush/brushes | box/boxes""",
+    "JOY": """rain | snow | pancakes | the sea | stories | mud | long walks | warm bread |
+        silly songs | picnics | honey | puzzles | old trains | jokes | tall trees | hot soup |
+        kites | thunder | loud drums | clouds | ice cream | riddles | bicycles | fireworks |
+        quiet mornings | apple pie | bubbles | moonlight | islands | yellow boots | stars |
+        brass bands | jam | dragons | exciting books | knots""",
+    # Where and when.
+    "PLACE": """in the garden | by the river | on the beach | in the forest | on the hill |
+        near the pond | at the market | behind the barn | under the bridge | in the yard |
+        by the lake | in the orchard | on the farm | in the meadow | by the well |
+        near the mill | on the island | by the harbour | under the oak tree | at the fair |
+        by the fountain | near the castle""",
+    "HIDING": """under the bed | behind the sofa | in the kitchen | under the table |
+        in the bathtub | behind the door | on the shelf | in the attic | under the stairs |
+        behind the curtain | in the cellar | on the piano | under the rug | in the oven |
+        behind the stove | on the roof | in the laundry | under the armchair""",
+    "DAY": "Sunday | Monday | Friday | Saturday | Wednesday | Tuesday | Thursday",
+    "PART": "morning | evening | afternoon",
+    "SEASON": "summer | winter | spring | autumn",
+    "MEAL": "lunch | breakfast | supper | tea | dinner",
+    "WEATHER": """sunny | rainy | windy | cold | snowy | warm | foggy | cloudy | stormy | frosty |
+        hot | misty | chilly | grey""",
+    "BAD": """windy | rainy | cold | stormy | foggy | icy | hot | dark | muddy | snowy""",
+    "WHEN": [
+        "One {WEATHER} {PART}", "On {DAY}", "After {MEAL}", "One day in {SEASON}", "Before {MEAL}",
+        "Early on {DAY}", "Last {DAY}", "On {a} {WEATHER} {PART}", "After school",
+        "One {DAY} {PART}",
+    ],
+    "WHEN_LOW": [
+        "one {WEATHER} {PART}", "on {DAY}", "after {MEAL}", "one day in {SEASON}", "before {MEAL}",
+    ],
+    "OFTEN_LOW": [
+        "every {DAY}", "every {PART}", "on {WEATHER} days", "before {MEAL}", "all {SEASON}",
+    ],
+    "LATER": """Later | Soon | In the end | An hour later | The next day | After a nap |
+        A week later | Much later | Before long | At last | That evening""",
+    "OFTEN": ["Every {DAY}", "Every {PART}", "On {WEATHER} days", "Before {MEAL}", "All {SEASON}"],
+    # What people do, and how.
+    "HABIT": """sing/sings | dance/dances | play/plays | read/reads | run/runs | paint/paints |
+        whistle/whistles | draw/draws | jump/jumps | juggle/juggles | knit/knits | skip/skips |
+        hop/hops | dream/dreams | hum/hums | march/marches | write/writes | giggle/giggles |
+        argue/argues | snore/snores | practise/practises | exercise/exercises | yawn/yawns |
+        sketch/sketches""",
+    "TRICK": """dance | whistle | climb trees | tell jokes | bake bread | swim | tie knots |
+        stand still | juggle eggs | paint | catch flies | sing | roll downhill | open doors |
+        mend clocks | walk backwards | snore | ice a cake | knit socks | whisper | row a boat |
+        spell | make faces""",
+    "MANNER": """happily | loudly | quietly | slowly | gently | proudly | quickly | politely |
+        carefully | bravely | softly | eagerly | merrily | sleepily | elegantly |
+        cheerfully""",
+    "SAID": """said | cried | laughed | called | shouted | whispered | sang | cheered | giggled |
+        announced | exclaimed""",
+    "SIGHED": "said | sighed | cried | moaned | grumbled | groaned | muttered | wailed",
+    "WOW": """Hooray | Look | Oh my | Wonderful | Heavens | What luck | Goodness | Well, well |
+        Hurrah | Ha | Splendid | Yippee | Just look | Good news""",
+    "OH_NO": """Oh no | Oh dear | Dear me | What a pity | Bother | How sad | Good grief |
+        Well, well | Not again | Alas""",
+    "GOT": """bought | found | picked | packed | counted | won | brought home | borrowed |
+        washed | unpacked""",
+    "GATHERED": "found | picked up | dug up | got | caught | won | bought | collected | brought",
+    "BAD_PET": """sits on | hides | licks | steals | chases | sniffs | sleeps on | nibbles |
+        guards | sings to | kicks | dances round | admires | bites""",
+    "NOISE": "bang | crash | boom | pop | thud | clang | splash | plop | whoosh | squeak",
+    "COAT": """coat | cap | jacket | dress | jumper | raincoat | cape | apron | shirt |
+        uniform | cardigan""",
+    "CAME": "came | walked | ran | hurried | danced | skipped",
+    "FLOCK_END": [
+        "Only {k#1..n-1} {x/k} {FLED}, so {r=n-k} {x/r} {was@r} still {where}.",
+        "This {SCARED} {k#1..n-1}, and {they@k} {FLED}. Now only {r=n-k} {x/r} {was@r} {where}.",
+    ],
+    "SCARED": "scared | surprised | shocked | startled | upset | woke | amazed | alarmed",
+    "BUSY": """sleeping | singing | sitting | playing | resting | eating | dancing | talking |
+        whispering | arguing | marching | sunbathing | yawning | waiting""",
+    "FLAVOUR": """chocolate | honey | apple | lemon | plum | cherry | nut | almond | carrot |
+        orange | cream | ginger | onion""",
+    "WANTED": "wanted | hoped | planned | wished | were going | longed | were about",
+    "CLEARED": """the sun came out | the sky was blue | the clouds went home | all was dry again |
+        the sun smiled | it was lovely outside | a rainbow came""",
+    "ASKED": "asked | called | cried | whispered | shouted | yawned | grumbled",
+    "WHO": "Who is it | Who is there | Yes | What is it | Who knocks | Who can that be",
+    "FLED": """ran home | hid | flew off | ran away | left | went to bed | vanished | trotted off |
+        marched home""",
+    "USED": """played | slept | danced | ran about | sang | walked home | marched about |
+        went to bed | skipped off | hurried home | sailed away | hid""",
+    "MEANWHILE": [
+        "while {he@hero} slept", "at once", "for {MEAL}", "under the table", "in secret",
+        "when nobody looked", "on the stairs", "and burped", "with mustard", "in the dark",
+        "in a hurry", "like a king", "and danced",
+    ],
+    "STAYED": """drank cocoa | built a tent | read a book | baked a cake | made a puppet |
+        told stories | took a bath | played cards | ate soup | wrote a poem | folded paper boats |
+        learned a song | looked at maps""",
+    # Two ways to end: each asks for the other half of what was said.
+    "OPEN_END": [
+        '{p}. "{WOW}!" {SAID} {hero}. There {LAY} the {c} {x}.',
+        '{q}. "{WOW}!" {SAID} {hero}. There {LAY} the {d} {y}.',
+        "{q}, and out {FELL} the {d} {y}.", "{p}, and out {FELL} the {c} {x}.",
+    ],
+    "LAY": "was | lay | shone | waited | sat | rested",
+    "FELL": "fell | rolled | came | dropped | slid | tumbled | jumped",
+    "LOST_END": [
+        'Then {friend:NAME} found it {h:HIDING}. "{WOW}, {friend}!" {SAID} {hero}, '
+        "and hugged the {c} {x}.",
+        '"Look {h:HIDING}," {SAID} {friend:NAME}. {hero} looked {h}, and {friend} was right: '
+        "there {LAY} the {c} {x}!",
+        "{friend:NAME} {MANNER} pulled something out: it was the {c} {x}! "
+        "{hero} thanked {friend}.",
+    ],
+    "EAT_END": [
+        "", " The {pet} said nothing.", " {hero} looked at the {pet}. The {pet} looked {AWAY}.",
+        ' "Was it you?" {ASKED} {hero}. The {pet} only {LICKED}.',
+    ],
+    "AWAY": "away | at the moon | innocent | rounder | up | very happy | unhappy | guilty",
+    "LICKED": "smiled | yawned | winked | nodded | blinked | hiccuped | shrugged",
+    "GIFT_END": [
+        '"Now I have {s=n+k} {x/s}!" {SAID} {hero}.',
+        'Now {hero} has {s=n+k} {c} {x/s}. "{WOW}, {friend}!" {he@hero} {SAID}.',
+        "{hero} {MANNER} counted: {s=n+k} {c} {x/s}! {friend} counted, too.",
+    ],
+    "LOVE_END": [
+        "{WHEN} we drew both: {j} for me and {k} for {him@kin}.",
+        "{WHEN} we drew both: {i} for me and {l} for {him@kin}.",
+        "Last night I dreamed of {i}, and {he@kin} dreamed of {k}!",
+        "Last night I dreamed of {j}, and {he@kin} dreamed of {l}!",
+        '{OFTEN} I ask for {j}. "No, {k}!" {he@kin} {CRIES} {MANNER}.',
+        '{OFTEN} {he@kin} {CRIES}: "Give me {l}!" But I only want {i}.',
+    ],
+    "CRIES": "says | cries | sings | laughs | shouts | sighs | calls | whispers",
+    "LOVED": [
+        "I only laugh. There is no better {pet} than {name}!",
+        '"Well done, {name}!" I whisper, for I have the best {pet} of all.',
+        "Then {name} looks sad, and I give {him@name} the {x}.",
+    ],
+    "SEASON_END": [
+        "It is {s} at last, so give me {j}!", "It is {t} at last, so give me {k}!",
+        'My {KIN} asks: "Why {k}?" Well, it is {t}!',
+        'My {KIN} asks: "Why {j}?" Well, it is {s}!',
+    ],
+    "HABIT_END": [
+        "When {hero} is ill, only {friend} {v/1} {where}.",
+        "When {friend} is ill, only {hero} {v/1} {where}.",
+        'On {DAY} they rest. "I miss you, {hero}," says {friend}.',
+        'On {DAY} they rest. "I miss you, {friend}," says {hero}.',
+    ],
+    "DREW_END": [
+        'asked about the {x}. "{p} drew it," said {q}.',
+        'asked about the {y}. "{q} drew it," said {p}.',
+        "liked the {x}, so {p} {SMILED}.", "liked the {y}, so {q} {SMILED}.",
+    ],
+    "SMILED": """smiled | bowed | blushed | was happy | turned pink | danced | was proud |
+        drew another""",
+    "DOOR_END": [
+        'They ate all {n} {food/n}, and {hero} kept the {x}. "Come again, {friend}!"',
+        "{hero} took the {x}, {friend} took the {food/n}, and {WENT} {PLACE}.",
+        '"Come in, {friend}!" {SAID} {hero}, put the {x} {HIDING} and ate the {food/n}.',
+    ],
+    "WENT": "off they went to sit | they had a picnic | they sang | they sat down | they danced",
+    "SWAP_END": [
+        "Now {p} {USED} with the {d} {y}, and {q} {USED} with the {c} {x}.",
+        "That night, {q} {USED} with the {c} {x}, and {p} {USED} with the {d} {y}.",
+    ],
+    "BEGGED": "begged | asked | told | implored",
+    "FABLE_END": [
+        "So the {x} {MANNER} taught the {y} to {v}.", "So the {y} {MANNER} taught the {x} to {w}.",
+        '"Please {v}," the {y} {BEGGED} the {x} {WHEN_LOW}.',
+        '"Please {w}," the {x} {BEGGED} the {y} {WHEN_LOW}.',
+    ],
+    "SHOP_END": [
+        "the {x} and the {y}. \"{OH_NO}!\" {he@hero} {SIGHED}. \"I forgot the {z}!\"",
+        "the {x} and the {z}. \"{OH_NO}!\" {he@hero} {SIGHED}. \"I forgot the {y}!\"",
+        "the {y} and the {z}. \"{OH_NO}!\" {he@hero} {SIGHED}. \"I forgot the {x}!\"",
+    ],
+    "AGE_END": [
+        '"May I hold the {x}?" asks {hero}.', '"{WOW}, {friend}!" {CRIES} {hero}.',
+        '"I am already {s}!" {friend} {CRIES}.',
+        "{hero} is only {n}, but {he@hero} blows them out {MANNER}!",
+    ],
+    "COUNT_END": [
+        "Together we have {s=n+k} {x/s}.", "That makes {s=n+k} {x/s} for me and my {kin}!",
+        '"Now we have {s=n+k}," {he@kin} {SAID}. "We need {a} {LOOK} {HOLDER}!"',
+    ],
+    "SCOLD": "Stop that | Oh | Shame on you | Go to bed | Not again | No | Come here | Enough",
+    "SWAPPER": ["{p}", "{q}"],
+    "SUN_END": [
+        "{hero} and the {pet} {RAN} out to {v} {where}.",
+        'The {pet} slept on, so {hero} had to {v} {where} alone.',
+        '"{WOW}!" {SAID} {hero}. "Let\'s {v}!"',
+    ],
+    "RAN": "ran | skipped | rushed | hurried | hopped | went | dashed",
+    "NIGHT_END": [
+        'At bedtime {hero} {SAID}: "Sleep well, {name}!" The {x} hugged the {y}.',
+        'The {x} was so {GLAD} that it {USED} with the {y}. "Good night, {name}!"',
+        '{LATER}, the {x} gave back the {y}. "It is yours, {hero}," {SAID} {name}.',
+    ],
+    "GLAD": """happy | glad | proud | surprised | pleased | delighted | excited | thankful |
+        cheerful""",
+    "LETTER_END": [
+        "the {x} is safe {HIDING}. Yours, {NAME}.", "the {pet} is sorry. Yours, {NAME}.",
+        "I still love my {c} {x}! Yours, {NAME}.",
+        "the {pet} now has {a} {COLOUR} {THING} instead. Yours, {NAME}.",
+    ],
+    "PEEPED": "looked | peeped | peered | glanced | searched",
+    "SEEK_END": [
+        '{PEEPED} {h} and {SAID}: "I see you, {p}!"',
+        '{PEEPED} {h} and {SAID}: "I see {a} {x}!"',
+        '{PEEPED} {i} and {SAID}: "I see {a} {y}!"',
+        '{PEEPED} {i} and {SAID}: "I see you, {q}!"',
+    ],
+}
+
+# name: (weight, template)
+SHAPES = {
+    "box and bag": (
+        6,
+        "{WHEN}, {hero:NAME} put {a} {LOOK} {c:COLOUR} {x:THING} in the {p:HOLDER} and {a} "
+        "{LOOK} {d:COLOUR} {y:THING} in the {q:HOLDER}. {LATER}, {he@hero} {MANNER} opened the "
+        "{OPEN_END}",
+    ),
+    "lost": (
+        6,
+        "{WHEN}, {hero:NAME} lost {his@hero} {LOOK} {c:COLOUR} {x:THING}. {He@hero} looked "
+        "{HIDING} and {HIDING}, but found only {a} {LOOK} {COLOUR} {SILLY}. {LOST_END}",
+    ),
+    "eaten": (
+        8,
+        "{WHEN}, {hero:NAME} {GOT} {n#2..12} {TASTE} {food:FOOD/n}. {His@hero} {NATURE} "
+        '{pet:PET} {MANNER} ate {k#1..n-1} {MEANWHILE}. "{OH_NO}!" {SIGHED} {hero}. "Now '
+        '{r=n-k} {food/r} {is@r} left."{EAT_END}',
+    ),
+    "gift": (
+        7,
+        "{hero:NAME} had {n#1..9} {LOOK} {c:COLOUR} {x:COLLECT/n}. {WHEN}, {NATURE} "
+        "{friend:NAME} {GATHERED} {k#1..12-n} more {PLACE} and {MANNER} gave {it@k} to {hero}. "
+        "{GIFT_END}",
+    ),
+    "flock": (
+        6,
+        "There were {n#2..12} {NATURE} {x:FLOCK/n} {BUSY} {where:PLACE}. {WHEN}, {a} {LOOK} "
+        "{COLOUR} {THING} fell down with {a} {NOISE}. {FLOCK_END}",
+    ),
+    "birthday": (
+        6,
+        "{hero:NAME} is {n#3..9} years old. {friend:NAME}, {his@hero} {NATURE} "
+        "{brother@friend}, is {k#1..12-n} {year@k} older. On {DAY} {friend} gets {a} {LOOK} "
+        "{COLOUR} {x:THING}, {a} {LOOK} {THING} and {a} {FLAVOUR} cake with {s=n+k} candles. "
+        "{AGE_END}",
+    ),
+    "I love, count": (
+        6,
+        "I love {x:COLLECT/1}! I have {n#1..9} {LOOK} {COLOUR} {x/n}, and {WHEN_LOW} my "
+        "{NATURE} {kin:KIN} {GATHERED} {k#1..12-n} more {PLACE}. {COUNT_END}",
+    ),
+    "I love, you love": (
+        6,
+        "I love {i:JOY}, {j:JOY} and {LOOK} {COLOUR} {COLLECT/1}, but my {NATURE} {kin:KIN} loves "
+        "{k:JOY} and {l:JOY}. {LOVE_END}",
+    ),
+    "I love, pet": (
+        6,
+        "I love {name:NAME}, my {NATURE} {COLOUR} {pet:PET}. {OFTEN} {he@name} {MANNER} "
+        '{BAD_PET} my {LOOK} {x:THING}. "{SCOLD}, {name}!" {CRIES} my {KIN}. {LOVED}',
+    ),
+    "I love, seasons": (
+        4,
+        "I love {j:JOY} and {COLOUR} {COLLECT/1} in {s:SEASON}, {k:JOY} and {TASTE} {FOOD/1} in "
+        "{t:SEASON}. {SEASON_END}",
+    ),
+    "every week": (
+        6,
+        "{hero:NAME} and {friend:NAME} {v:HABIT/0} {where:PLACE} every {DAY}. {hero} {HABIT/1} "
+        "{MANNER} with {a} {NATURE} {PET}; {friend} {HABIT/1} {MANNER} in {a} {LOOK} {COLOUR} "
+        "{COAT}. {HABIT_END}",
+    ),
+    "pictures": (
+        6,
+        "{WHEN}, {p:NAME} drew {a} {NATURE} {COLOUR} {x:PET}, and {q:NAME} drew {a} {NATURE} "
+        "{y:PET} with {a} {LOOK} {THING}. {LATER}, {NAME} {DREW_END}",
+    ),
+    "knock": (
+        6,
+        'Knock, knock! "{WHO}?" {ASKED} {hero:NAME}. "{friend:NAME}! I have {a} {LOOK} '
+        '{COLOUR} {x:THING}, {a} {SILLY} and {n#3..12} {TASTE} {food:FOOD/n}!" {DOOR_END}',
+    ),
+    "swap": (
+        6,
+        "{p:NAME} had {a} {LOOK} {c:COLOUR} {x:THING}, but {q:NAME} had {a} {LOOK} {d:COLOUR} "
+        '{y:THING}. "Let\'s swap!" {SAID} {SWAPPER} {MANNER}. {SWAP_END}',
+    ),
+    "two beasts": (
+        6,
+        "{WHEN}, {a} {NATURE} {COLOUR} {x:PET} met {a} {NATURE} {COLOUR} {y:PET} {PLACE}. "
+        '"I can {v:TRICK}!" {SAID} the {x}. "I can {w:TRICK}!" {SAID} the {y}. {FABLE_END}',
+    ),
+    "too wet": (
+        6,
+        "{hero:NAME} and {his@hero} {NATURE} {pet:PET} {WANTED} to {v:HABIT/0} {where:PLACE}, "
+        "but it was too {BAD}, so they {STAYED} with {NATURE} {NAME}. {LATER}, {CLEARED}. "
+        "{SUN_END}",
+    ),
+    "shopping": (
+        6,
+        '"We need {a} {LOOK} {x:THING}, {a} {COLOUR} {y:THING} and {a} {LOOK} {z:THING}," said '
+        "{hero:NAME}'s {NATURE} {KIN}. {LATER}, {hero} {MANNER} {CAME} back with {SHOP_END}",
+    ),
+    "good night": (
+        6,
+        "{WHEN}, {hero:NAME} met {a} {NATURE} {COLOUR} {x:PET} {PLACE}. {He@hero} {MANNER} named "
+        "it {name:NAME} and gave it {a} {LOOK} {COLOUR} {y:THING}. {NIGHT_END}",
+    ),
+    "letter": (
+        5,
+        "Dear {friend:NAME}: thank you for the {LOOK} {c:COLOUR} {x:THING} and the {TASTE} "
+        "{FOOD/1}! My {NATURE} {pet:PET} {MANNER} {BAD_PET} it {OFTEN_LOW}. Don't worry, "
+        "{friend}; {LETTER_END}",
+    ),
+    "hide-and-seek": (
+        5,
+        "{WHEN}, {p:NAME}, {q:NAME} and {r:NAME} played hide-and-seek. {p} hid {h:HIDING} with "
+        "{a} {NATURE} {x:PET}, {q} {i:HIDING} with {a} {NATURE} {y:PET}. {r} {MANNER} {SEEK_END}",
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------
+# 2. What may stand in a slot
+# ------------------------------------------------------------------------------------------------
+
+NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
+LISTS["NUMBER"] = " | ".join(NUMBERS)
+
+
+class Slot(NamedTuple):
+    """A slot of a template, taken apart: {food:FOOD/n} is Slot("draw", "food", "FOOD", "n")."""
+
+    kind: str  # draw, recall, agree, number, result or article
+    name: str  # the variable, or the word that has to agree
+    of: str = ""  # list, bounds, sum or partner of the agreement
+    form: str = ""  # a number's variable, or the index of a form
+
+
+def compile_template(template: str) -> tuple:
+    """Cut a template into pieces, str or Slot: "my {x}" -> ("my ", Slot("recall", "x"))."""
+    pieces = []
+    for i, part in enumerate(re.split(r"\{([^}]*)\}", template)):
+        body, _, form = part.partition("/")
+        if i % 2 == 0:
+            pieces += [part] if part else []
+        elif part == "a":
+            pieces.append(Slot("article", part))
+        elif part.isupper() or body.isupper():
+            pieces.append(Slot("draw", "", body, form))
+        else:
+            name, sign, of = re.fullmatch(r"(\w+)(?:([:@#=])(.+))?", body).groups()
+            kind = {None: "recall", ":": "draw", "@": "agree", "#": "number", "=": "result"}[sign]
+            pieces.append(Slot(kind, name, of or "", form))
+    return tuple(pieces)
+
+
+@cache
+def entries(name: str) -> tuple:
+    """The entries of a list; each is a tuple of forms, each form a tuple of pieces."""
+    raw = LISTS[name]
+    if isinstance(raw, list):  # templates, as they stand
+        return tuple((compile_template(entry),) for entry in raw)
+    return tuple(tuple((f,) for f in e.strip().split("/")) for e in raw.split("|"))
+
+
+@cache
+def shapes() -> dict:
+    """{name: (probability, pieces)} of every story shape."""
+    total = sum(weight for weight, _ in SHAPES.values())
+    return {name: (w / total, compile_template(t)) for name, (w, t) in SHAPES.items()}
+
+
+def value(expression: str, said: dict) -> int:
+    """The value of "12", "n", "n-1" or "12-n", where said["n"] is a number."""
+    total = 0
+    for sign, term in re.findall(r"([+-]?)(\w+)", expression):
+        v = int(term) if term.isdigit() else said[term][1] + 1
+        total += -v if sign == "-" else v
+    return total
+
+
+def source(slot: Slot, said: dict) -> str:
+    """The list that a slot speaks from."""
+    return {"draw": slot.of, "recall": said.get(slot.name, ("",))[0]}.get(slot.kind, "NUMBER")
+
+
+def weights(slot: Slot, said: dict) -> list:
+    """Integer weight of each entry of the slot's list, given what the story has said so far.
+
+    `said` maps a variable to (list, index) and "drawn" to every (list, index) drawn so far.
+    Weight 0 marks what the story may not say here: the parser reads it as a slip.
+    """
+    size = len(entries(source(slot, said)))
+    if slot.kind == "draw":
+        taken = {i for name, i in said["drawn"] if name == slot.of}
+        return [0 if i in taken else 1000 // (i + 20) for i in range(size)]
+    if slot.kind == "number":
+        low, high = (value(end, said) for end in slot.of.split(".."))
+        return [60 // (i + 1) if low <= i + 1 <= high else 0 for i in range(size)]
+    right = said[slot.name][1] if slot.kind == "recall" else value(slot.of, said) - 1
+    return [int(i == right) for i in range(size)]
+
+
+def form_of(slot: Slot, said: dict) -> int:
+    """Which form of an entry the slot asks for: 0 (base, singular), 1 (plural) or as written."""
+    if slot.form in said:
+        return int(said[slot.form][1] > 0)
+    return int(slot.form or 0)
+
+
+def agreeing(slot: Slot, said: dict) -> str:
+    """The form of a small word that goes with a person or a number: he/she, is/are."""
+    name, index = said[slot.of]
+    second = index > 0 if name == "NUMBER" else entries(name)[index][1] == ("she",)
+    return FORMS[slot.name].split("/")[second]
+
+
+def article(word: str) -> str:
+    """ "a" or "an" before a word, by its sound: an owl, a unicorn, an hour."""
+    vowel = word[:1].lower() in "aeiou" and word not in A_BEFORE or word in AN_BEFORE
+    return "an" if word and vowel else "a"
+
+
+def remember(slot: Slot, index: int, said: dict) -> dict:
+    """What has been said once the slot says entry number `index`; a recall changes nothing."""
+    if slot.kind == "recall":
+        return said
+    now = dict(said)
+    if slot.name:
+        now[slot.name] = (source(slot, said), index)
+    if slot.kind == "draw":
+        now["drawn"] = said["drawn"] + ((slot.of, index),)
+    return now
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The sampler
+# ------------------------------------------------------------------------------------------------
+
+
+def _pick(ws: list, rng: random.Random) -> int:
+    """Draw an index with probability ws[index] / sum(ws)."""
+    x = int(rng.random() * sum(ws))
+    for i, w in enumerate(ws):
+        x -= w
+        if x < 0:
+            return i
+    raise AssertionError("weights are empty")
+
+
+def sample_story(rng: random.Random) -> tuple[str, float]:
+    """Write one story: (text without newline, log-probability in nats).
+
+    >>> sample_story(random.Random(0))[1] < 0
+    True
+    """
+    table = shapes()
+    name = list(table)[_pick([w for w, _ in SHAPES.values()], rng)]
+    p, pieces = table[name]
+    text, log_prob, said = "", math.log(p), {"drawn": ()}
+    while pieces:
+        slot, pieces = pieces[0], pieces[1:]
+        if isinstance(slot, str):
+            text += slot
+        elif slot.kind == "article":
+            text += "\0"  # settled below, when the next word stands
+        elif slot.kind == "agree":
+            text += agreeing(slot, said)
+        else:
+            ws = weights(slot, said)
+            i = _pick(ws, rng)
+            forms, form = entries(source(slot, said))[i], form_of(slot, said)
+            log_prob += math.log(ws[i] / sum(ws))
+            pieces, said = forms[form] + pieces, remember(slot, i, said)
+    text = re.sub(r"\0 (\w+)", lambda m: f"{article(m[1])} {m[1]}", text)
+    return text, log_prob
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. The parser
+# ------------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What the parser says of one story; `parse_story` tells how it judges."""
+
+    spelled: bool
+    grammatical: bool
+    remembers: bool | None
+    counts: bool | None
+    log_prob: float  # nats; -inf for a story that the sampler cannot write
+    shape: str | None
+
+
+def _walk(text, at, pieces, said, log_prob, remembers, counts):
+    """Yield (log_prob, remembers, counts) for each way in which pieces spell text[at:].
+
+    Slips of memory and of counting are followed, too, with log_prob = -inf; slips of agreement
+    are not. Agreement looks at what was named first, and at numbers as they are written.
+    """
+    while pieces:
+        slot, pieces = pieces[0], pieces[1:]
+        if isinstance(slot, str) or slot.kind in ("agree", "article"):
+            if isinstance(slot, str):
+                literal = slot
+            elif slot.kind == "agree":
+                literal = agreeing(slot, said)
+            else:
+                literal = article("".join(re.findall(r" (\w+)", text[at : at + 30])[:1]))
+            if not text.startswith(literal, at):
+                return
+            at += len(literal)
+            continue
+        ws, form, total = None, form_of(slot, said), 0
+        for i, forms in enumerate(entries(source(slot, said))):
+            new = forms[form]
+            if new and isinstance(new[0], str) and not text.startswith(new[0], at):
+                continue
+            if ws is None:
+                ws = weights(slot, said)
+                total = sum(ws)
+            ok, m, c = ws[i] > 0, remembers, counts
+            if slot.kind == "result" or (slot.kind == "number" and not ok):
+                c = ok and c is not False
+            if slot.kind == "recall" or (slot.kind == "draw" and not ok):
+                m = ok and m is not False
+            lp = log_prob + math.log(ws[i] / total) if ok else -math.inf
+            yield from _walk(text, at, new + pieces, remember(slot, i, said), lp, m, c)
+        return
+    if at == len(text):
+        yield log_prob, remembers, counts
+
+
+def derivations(text: str) -> list:
+    """Every derivation of a story: [(shape, log_prob, remembers, counts), …], slips included."""
+    found = []
+    for name, (p, pieces) in shapes().items():
+        for d in _walk(text, 0, pieces, {"drawn": ()}, math.log(p), None, None):
+            found.append((name, *d))
+    return found
+
+
+class AmbiguousStory(Exception):
+    """A story has two correct derivations: the grammar has a fault."""
+
+
+LETTERS = r"[A-Za-z]+(?:'(?!s\b)[a-z]+)?"  # a word; a possessive 's is looked at by itself
+
+
+@cache
+def lexicon() -> frozenset:
+    """Every word of the grammar, as it is written there."""
+    raw = [t for _, t in SHAPES.values()] + list(FORMS.values()) + ["a an"]
+    for entry in LISTS.values():
+        raw += entry if isinstance(entry, list) else [entry]
+    # A slot may be followed by 's, which is no word of its own.
+    text = re.sub(r"\{[^}]*\}('s)?", " ", " | ".join(raw))
+    people = re.compile(r"/(he|she)\b")
+    return frozenset(re.findall(LETTERS, people.sub("", text).replace("'s", ""))) | {"he", "she"}
+
+
+def is_spelled(text: str) -> bool:
+    """Whether a text has words, each of them in the lexicon, and no strange characters.
+
+    A word may start with a capital at will ("Apple"), but a name must ("tom" is misspelled).
+    """
+    words = re.findall(LETTERS, text.replace("'s", ""))
+    marks = re.sub(LETTERS, "", text.replace("'s", ""))
+    known = lexicon()
+    ok = all(w in known or w[0].lower() + w[1:] in known for w in words)
+    return bool(words) and ok and set(marks) <= set(" .,!?\"'-:;")
+
+
+def parse_story(text: str) -> Verdict:
+    """Take a story apart (without its newline; one at the end is ignored).
+
+    spelled      every word stands in the lexicon and every other character in the corpus's
+                 punctuation; the empty story is not spelled
+    grammatical  spelled, and a whole story of one of the shapes in which all words agree. Slips of
+                 memory and counting are let pass: a word that should be said again may be any word
+                 of its list, a result any number. He and she agree with the one named first,
+                 never with a wrong name that stands in for it; plurals and is/are agree with the
+                 number that is written, even if it is the wrong one.
+    remembers    grammatical, and all that is said again is what was said; what should be new (a
+                 friend's name, the second colour) is new. None if nothing has to be remembered.
+    counts       grammatical, and every result and every number drawn is possible ("had three, ate
+                 five" is not). None if nothing is counted.
+    log_prob     in nats; finite exactly if all of these hold (None counts as holding).
+    shape        name of the shape, None if not grammatical
+
+    If a text with slips can be read in several ways, the reading with the fewest failed skills
+    counts. Raises TypeError if text is no str, AmbiguousStory if two readings are correct.
+
+    >>> parse_story("I love rian.").spelled
+    False
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a story is a str, not {type(text).__name__}")
+    text = text.removesuffix("\n")
+    if not is_spelled(text):
+        return Verdict(False, False, False, False, -math.inf, None)
+    found = derivations(text)
+    if not found:
+        return Verdict(True, False, False, False, -math.inf, None)
+    if sum(d[1] > -math.inf for d in found) > 1:
+        raise AmbiguousStory(f"two correct derivations: {text!r}")
+    shape, log_prob, remembers, counts = max(
+        found, key=lambda d: (d[1], (d[2] is not False) + (d[3] is not False), d[2] is not False)
+    )
+    return Verdict(True, True, remembers, counts, log_prob, shape)
+
+
+def score_stories(texts) -> dict:
+    """Shares in [0, 1] of complete stories that are spelled, grammatical, remember and count.
+
+    "remembers" and "counts" are shares of the stories to which the skill applies. A story that is
+    not grammatical fails both, as its shape, and so what it asks for, cannot be told. A share of
+    nothing is nan. "n" is the number of stories given.
+    """
+    verdicts = [parse_story(t) for t in texts]
+    scores = {}
+    for skill in ("spelled", "grammatical", "remembers", "counts"):
+        asked = [getattr(v, skill) for v in verdicts if getattr(v, skill) is not None]
+        scores[skill] = sum(asked) / len(asked) if asked else math.nan
+    return {**scores, "n": len(verdicts)}
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The corpus
+# ------------------------------------------------------------------------------------------------
+
+
+def make_corpus(n_stories: int = N_STORIES, seed: int = SEED) -> tuple[str, list]:
+    """The corpus, each story followed by a newline, and its stories' log-probabilities (nats)."""
+    rng = random.Random(seed)
+    stories = [sample_story(rng) for _ in range(n_stories)]
+    return "".join(text + "\n" for text, _ in stories), [lp for _, lp in stories]
+
+
+def split_stories(text: str) -> tuple[str, str]:
+    """The first 90 % of the stories for training, the rest for validation; no story is cut.
+
+    >>> split_stories("a\\n" * 10) == ("a\\n" * 9, "a\\n")
+    True
+    """
+    stories = re.findall(r"[^\n]*\n|[^\n]+", text)
+    cut = len(stories) * 9 // 10
+    return "".join(stories[:cut]), "".join(stories[cut:])
+
+
+def floor(text: str) -> float:
+    """Nats per character, newlines included, that a reader who knows the grammar pays on a text.
+
+    Infinite if any of the stories is not one that the sampler can write. ValueError if empty.
+    """
+    if not text:
+        raise ValueError("the floor of an empty text is not defined; give at least one story")
+    stories = text.removesuffix("\n").split("\n")
+    return -sum(parse_story(story).log_prob for story in stories) / len(text)
+
+
+FUNCTION_WORDS = frozenset(
+    """a an and all about after already alone am any are be at away back before behind but by can
+    could did do don't down early every for from give had has have he her him his how i in
+    instead is it last let long may me more much my near no not nobody nothing now of off
+    often oh on one only out over own please round s she so still such than that the their
+    them then there they this to together too under until up us was we well were what when
+    where which while who whose why will with would yes you your yours yourself something
+    another enough because""".split()
+)
+
+
+def content_words() -> frozenset:
+    """The words that carry the stories: the lexicon without function words, numbers and names."""
+    names = {forms[0][0].lower() for forms in entries("NAME")}
+    return frozenset(w.lower() for w in lexicon()) - FUNCTION_WORDS - set(NUMBERS) - names
+
+
+def facts(text: str) -> dict:
+    """What the data card states of a corpus; floors are in nats and in bits per character."""
+    train, val = split_stories(text)
+    stories = text.removesuffix("\n").split("\n")
+    result = {
+        "stories": len(stories),
+        "characters": len(text),
+        "distinct characters": len(set(text)),
+        "content words": len(content_words()),
+        "shapes": len(SHAPES),
+        "mean length": round(len(text) / len(stories) - 1, 1),
+        "longest": max(map(len, stories)),
+        "share under 256": round(sum(len(s) < 256 for s in stories) / len(stories), 4),
+        "begin with I love": sum(s.startswith("I love ") for s in stories),
+    }
+    for name, part in (("train", train), ("validation", val)):
+        nats = floor(part)
+        result[f"{name} stories"] = part.count("\n")
+        result[f"{name} characters"] = len(part)
+        result[f"{name} floor, nats per character"] = f"{nats:.4f}"
+        result[f"{name} floor, bits per character"] = f"{nats / math.log(2):.4f}"
+    result["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return result
+
+
+def main(argv=None) -> int:
+    """Write the corpus (or --check the file on disk) and print its facts; 0 if all is well."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--check", action="store_true", help="compare only, write nothing")
+    check = options.parse_args(argv).check
+    text, _ = make_corpus()
+    if not check:
+        part = PATH.with_suffix(".part")  # written whole, then renamed: never half a corpus
+        part.write_bytes(text.encode())
+        os.replace(part, PATH)
+    elif not PATH.exists() or PATH.read_bytes() != text.encode():
+        print(f"{PATH.name} differs from what the grammar writes; run this script to write it anew")
+        return 1
+    for name, fact in facts(text).items():
+        print(f"{name}: {fact}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""The corpus: same bytes everywhere, one derivation per story, a floor that is exact."""
+
+import hashlib
+import importlib.util
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+SCRIPT = DATA / "make_tiny_corpus.py"
+
+
+def load(name="make_tiny_corpus"):
+    """A fresh copy of the script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+corpus = load()
+TEXT = (DATA / "tiny_corpus.txt").read_bytes().decode("ascii")
+STORIES = TEXT.removesuffix("\n").split("\n")
+SKILLS = ("spelled", "grammatical", "remembers", "counts")
+
+
+@pytest.fixture(scope="module")
+def made():
+    return corpus.make_corpus()
+
+
+@pytest.fixture(scope="module")
+def readings():
+    """Every correct derivation of every story: a list of (shape, log_prob, …) for each."""
+    return [[d for d in corpus.derivations(s) if d[1] > -math.inf] for s in STORIES]
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    return [corpus.parse_story(s) for s in STORIES]
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return corpus.facts(TEXT)
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def test_file_is_what_the_grammar_writes(made):
+    assert made[0] == TEXT
+
+
+def test_other_process_with_another_hash_seed_writes_the_same_bytes():
+    code = (
+        "import sys, hashlib; sys.path.insert(0, '.'); import make_tiny_corpus as m; "
+        "print(hashlib.sha256(m.make_corpus()[0].encode()).hexdigest())"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "4321"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=DATA, env=env, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == hashlib.sha256(TEXT.encode()).hexdigest()
+
+
+def test_main_writes_and_checks(tmp_path, monkeypatch, capsys):
+    module = load("copy_of_corpus")
+    monkeypatch.setattr(module, "PATH", tmp_path / "tiny_corpus.txt")
+    monkeypatch.setattr(module, "N_STORIES", 40)
+    monkeypatch.setattr(module.make_corpus, "__defaults__", (40, 1))
+    assert module.main(["--check"]) == 1 and not module.PATH.exists()
+    assert module.main([]) == 0 and module.main(["--check"]) == 0
+    assert [f.name for f in tmp_path.iterdir()] == ["tiny_corpus.txt"]
+    module.PATH.write_text("spoiled\n")
+    assert module.main(["--check"]) == 1 and module.PATH.read_text() == "spoiled\n"
+    assert "differs" in capsys.readouterr().out
+
+
+def test_size_and_variety():
+    assert 0.9e6 <= len(TEXT) <= 1.1e6
+    assert 60 <= len(set(TEXT)) <= 80
+    assert set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?'\"-:;\n") == set(TEXT)
+    assert len(corpus.SHAPES) >= 12
+    assert sum(s.startswith("I love ") for s in STORIES) >= 200
+    assert sum(len(s) < 256 for s in STORIES) / len(STORIES) >= 0.9
+    assert max(map(len, STORIES)) < 300
+    words = {w.lower() for w in re.findall("[A-Za-z]+", TEXT)}
+    assert len(corpus.content_words() & words) >= 300
+
+
+def test_split_keeps_stories_whole():
+    train, val = corpus.split_stories(TEXT)
+    assert train + val == TEXT and train.endswith("\n") and val.endswith("\n")
+    assert train.count("\n") == len(STORIES) * 9 // 10
+    assert set(val) <= set(train)
+
+
+# --- generator and parser agree ------------------------------------------------------------------
+
+
+def test_every_story_has_exactly_one_derivation(readings):
+    assert [s for s, r in zip(STORIES, readings, strict=True) if len(r) != 1] == []
+
+
+def test_every_story_has_all_skills_and_every_shape_occurs(verdicts):
+    assert not [v for v in verdicts if False in v[:4] or not math.isfinite(v.log_prob)]
+    assert {v.shape for v in verdicts} == set(corpus.SHAPES)
+    counting = sum(v.counts is not None for v in verdicts) / len(verdicts)
+    assert 0.25 < counting < 0.45
+
+
+def test_parsed_log_probabilities_are_the_generated_ones(made, readings, facts):
+    parsed = [r[0][1] for r in readings]
+    assert parsed == pytest.approx(made[1], abs=1e-9)
+    cut = len(STORIES) * 9 // 10
+    train, val = corpus.split_stories(TEXT)
+    assert corpus.floor(val) == pytest.approx(-sum(made[1][cut:]) / len(val), rel=1e-12)
+    stated = float(facts["train floor, nats per character"])
+    assert stated == pytest.approx(-sum(made[1][:cut]) / len(train), abs=5.1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32))
+def test_parser_gives_the_samplers_log_probability(seed):
+    text, log_prob = corpus.sample_story(random.Random(seed))
+    verdict = corpus.parse_story(text)
+    assert verdict.log_prob == pytest.approx(log_prob, abs=1e-9) and False not in verdict[:4]
+
+
+def test_fresh_stories_cost_what_the_corpus_costs(verdicts):
+    """The mean of -log p is the entropy; two samples agree within five standard errors."""
+    rng = random.Random(99)
+    a = [-corpus.sample_story(rng)[1] for _ in range(3000)]
+    b = [-v.log_prob for v in verdicts[:3000]]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    variance = sum((x - mean_a) ** 2 for x in a) / len(a)
+    assert abs(mean_a - mean_b) < 5 * math.sqrt(2 * variance / 3000)
+
+
+def every_story(m, pieces, said, text="", p=1.0):
+    """All stories that the pieces can tell, with their probabilities."""
+    if not pieces:
+        yield re.sub("\0 (\\w+)", lambda f: f"{m.article(f[1])} {f[1]}", text), p
+    elif isinstance(pieces[0], str):
+        yield from every_story(m, pieces[1:], said, text + pieces[0], p)
+    elif pieces[0].kind == "article":
+        yield from every_story(m, pieces[1:], said, text + "\0", p)
+    elif pieces[0].kind == "agree":
+        yield from every_story(m, pieces[1:], said, text + m.agreeing(pieces[0], said), p)
+    else:
+        slot, ws = pieces[0], m.weights(pieces[0], said)
+        for i, w in enumerate(ws):
+            if w:
+                new = m.entries(m.source(slot, said))[i][m.form_of(slot, said)]
+                rest = new + pieces[1:]
+                yield from every_story(m, rest, m.remember(slot, i, said), text, p * w / sum(ws))
+
+
+@pytest.fixture
+def small():
+    """The same grammar with two or three entries left in most lists: small enough to exhaust."""
+    m = load("small_corpus")
+    keep = {"NAME": 3, "SEASON": 2, "JOY": 2, "NUMBER": 12, "THING": 2, "MANNER": 2, "LOVED": 3}
+    for name, entry in m.LISTS.items():
+        n = keep.get(name, 1 if name != "COLOUR" else 2)
+        cut = entry[:n] if isinstance(entry, list) else " | ".join(entry.split("|")[:n])
+        m.LISTS[name] = cut
+    m.LISTS["GIFT_END"] = corpus.LISTS["GIFT_END"]
+    m.LISTS["SEASON_END"] = corpus.LISTS["SEASON_END"]
+    return m
+
+
+@pytest.mark.parametrize("shape", ["I love, seasons", "I love, pet", "gift", "shopping"])
+def test_probabilities_of_a_shape_sum_to_one(small, shape):
+    if shape == "shopping":
+        small.LISTS["THING"] = "ball | hat | owl"
+    p_shape, pieces = small.shapes()[shape]
+    small.LISTS["LOOK"], small.LISTS["NATURE"] = "little | old | big", "brave | honest"
+    told = list(every_story(small, pieces, {"drawn": ()}))
+    assert len(told) > 10 and len({t for t, _ in told}) == len(told)  # no text told in two ways
+    assert sum(p for _, p in told) == pytest.approx(1, abs=1e-9)
+    entropy = -sum(p * math.log(p) for _, p in told)
+    for text, p in told[:: max(1, len(told) // 200)]:
+        found = [d for d in small.derivations(text) if d[1] > -math.inf]
+        assert len(found) == 1 and found[0][1] == pytest.approx(math.log(p * p_shape), abs=1e-9)
+    small.SHAPES = {shape: small.SHAPES[shape]}
+    small.shapes.cache_clear()
+    rng = random.Random(5)
+    costs = [-small.sample_story(rng)[1] for _ in range(3000)]
+    spread = math.sqrt(sum((c - entropy) ** 2 for c in costs)) / 3000
+    assert abs(sum(costs) / 3000 - entropy) < 5 * spread + 1e-9  # Monte Carlo meets the exact sum
+
+
+# --- the four skills, broken one at a time -------------------------------------------------------
+
+EATEN = (
+    "One sunny morning, Anna packed ten sweet muffins. Her honest crow merrily ate six at once. "
+    '"Oh no!" cried Anna. "Now four muffins are left."'
+)
+BOX = (
+    "On Sunday, Tom put an old red ball in the box and a new blue hat in the bag. Later, he "
+    "loudly opened the box, and out fell the red ball."
+)
+WEEK = (
+    "Tom and Anna sing in the garden every Sunday. Tom reads slowly with a lazy cat; Anna hums "
+    "softly in an old red coat. When Tom is ill, only Anna sings in the garden."
+)
+
+
+def judged(text):
+    return corpus.parse_story(text)[:4]
+
+
+def test_whole_stories_pass():
+    assert judged(EATEN) == (True, True, True, True)
+    assert judged(BOX) == judged(WEEK) == (True, True, True, None)
+    assert corpus.parse_story(BOX + "\n") == corpus.parse_story(BOX)
+    assert corpus.parse_story(BOX).shape == "box and bag"
+
+
+MISSPELLED = [
+    (BOX, "ball", "bal"),
+    (BOX, "box", "bxo"),
+    (BOX, "old", "0ld"),
+    (EATEN, "Anna", "anna"),
+]
+UNGRAMMATICAL = [
+    (BOX, "an old", "a old"),
+    (BOX, "a new", "an new"),
+    (BOX, "he loudly", "she loudly"),
+    (EATEN, "Her honest", "His honest"),
+    (EATEN, "muffins are", "muffins is"),
+    (EATEN, "four muffins", "four muffin"),
+    (WEEK, "Anna sing ", "Anna sings "),
+    (WEEK, "Anna sings", "Anna sing"),
+    (WEEK, "an old red coat", "a red old coat"),
+]
+FORGETFUL = [
+    (BOX, "the red ball.", "the red hat."),
+    (BOX, "the red ball.", "the blue ball."),
+    (BOX, "the red ball.", "the blue hat."),
+    (BOX, "opened the box", "opened the bag"),
+    (BOX, "blue hat", "red hat"),  # the second colour should be new
+    (EATEN, "cried Anna", "cried Tom"),  # he/she stays with the one named first
+    (EATEN, "four muffins are", "four apples are"),
+    (WEEK, "only Anna", "only Tom"),
+    (WEEK, "sings in the garden", "sings by the river"),
+]
+MISCOUNTED = [
+    (EATEN, "four muffins are", "five muffins are"),
+    (EATEN, "four muffins are", "one muffin is"),
+    (EATEN, "ate six", "ate eleven"),
+    (EATEN, "ten sweet", "nine sweet"),
+]
+
+
+@pytest.mark.parametrize(
+    "story, old, new, broken",
+    [(*m, 0) for m in MISSPELLED]
+    + [(*m, 1) for m in UNGRAMMATICAL]
+    + [(*m, 2) for m in FORGETFUL]
+    + [(*m, 3) for m in MISCOUNTED],
+)
+def test_a_story_broken_in_one_respect(story, old, new, broken):
+    whole = judged(story)
+    assert story.count(old) >= 1
+    verdict = corpus.parse_story(story.replace(old, new, 1))
+    expected = list(whole)
+    if broken < 2:
+        expected[broken:] = [False] * (4 - broken)
+    else:
+        expected[broken] = False
+    assert list(verdict[:4]) == expected
+    assert verdict.log_prob == -math.inf
+
+
+def test_half_a_story_is_not_grammatical():
+    for story in STORIES[:300]:
+        half = story[: story.index(" ", len(story) // 2)]
+        verdict = corpus.parse_story(half)
+        assert verdict.spelled and not verdict.grammatical and verdict.shape is None
+
+
+def test_swapped_names_in_the_corpus_are_caught():
+    """Break the last recall of a name in every story of the shape 'gift'."""
+    stories = [s for s in STORIES[:600] if corpus.parse_story(s).shape == "gift"]
+    assert len(stories) > 15
+    for s in stories:
+        hero = s.split(" ", 1)[0]
+        head, _, tail = s.rpartition(hero)
+        other = "Zoe" if hero != "Zoe" else "Max"
+        verdict = corpus.parse_story(head + other + tail)
+        assert verdict[:3] == (True, True, False) and verdict.counts is True
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.text(alphabet=sorted(set(TEXT)), max_size=300))
+def test_any_text_gets_a_verdict(text):
+    verdict = corpus.parse_story(text)
+    assert isinstance(verdict, corpus.Verdict)
+    assert verdict.grammatical or verdict.log_prob == -math.inf
+
+
+def test_bad_input():
+    assert judged("") == judged("\n") == judged("...") == (False,) * 4
+    assert judged(BOX + "\n" + BOX) == (False,) * 4  # a story is one line
+    for bad in (None, 3, b"I love mud."):
+        with pytest.raises(TypeError, match="a story is a str"):
+            corpus.parse_story(bad)
+    with pytest.raises(ValueError, match="empty"):
+        corpus.floor("")
+    assert corpus.floor("I love mud.\n") == math.inf
+
+
+def test_ambiguity_is_reported():
+    m = load("ambiguous_corpus")
+    m.SHAPES = {"one": (1, "I love {JOY}."), "two": (1, "I love rain.")}
+    with pytest.raises(m.AmbiguousStory):
+        m.parse_story("I love rain.")
+    assert m.parse_story("I love snow.").grammatical
+
+
+def test_scores():
+    wrong = EATEN.replace("four muffins are", "five muffins are")
+    scores = corpus.score_stories([EATEN, wrong, BOX, "I love tea pots.", "I love mud"])
+    assert scores["n"] == 5 and scores["spelled"] == 4 / 5 and scores["grammatical"] == 3 / 5
+    assert scores["remembers"] == 3 / 5  # all five are asked; the two last ones fail
+    assert scores["counts"] == 1 / 4  # BOX counts nothing
+    assert corpus.score_stories(STORIES[:50]) == {**dict.fromkeys(SKILLS, 1.0), "n": 50}
+    assert math.isnan(corpus.score_stories([])["spelled"])
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [("owl", "an"), ("red", "a"), ("unicorn", "a"), ("honest", "an"), ("ukulele", "a"),
+     ("umbrella", "an"), ("useful", "a"), ("unusual", "an"), ("hour", "an"), ("yo", "a")],
+)  # fmt: skip
+def test_article(word, expected):
+    assert corpus.article(word) == expected
+
+
+def test_every_article_in_the_corpus_follows_the_sound():
+    vowel_letter_says_a = {"useful", "unicorn", "unique", "ukulele", "uniform"}
+    for a, word in set(re.findall(r"\b(an?) ([a-z]+)", TEXT)):
+        vowel = word[0] in "aeiou" and word not in vowel_letter_says_a or word in {"honest", "hour"}
+        assert a == ("an" if vowel else "a"), (a, word)
+
+
+# --- the data card -------------------------------------------------------------------------------
+
+
+def test_data_card_states_the_facts(facts):
+    card = (DATA / "README.md").read_text(encoding="utf-8")
+    for name, fact in facts.items():
+        if isinstance(fact, int):
+            fact = f"{fact:,}"
+        assert re.search(rf"\| {re.escape(name)} \| `?{re.escape(str(fact))}`? \|", card), name
+
+
+def test_data_card_lists_the_shapes(verdicts):
+    card = (DATA / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d[\d,]*) \| ([^|]+) \| ([^|]+) \|$", card, re.M)
+    assert [r[0] for r in rows] == list(corpus.SHAPES)
+    for shape, weight, count, asks, example in rows:
+        mine = [v for v in verdicts if v.shape == shape]
+        assert int(weight) == corpus.SHAPES[shape][0]
+        assert int(count.replace(",", "")) == len(mine)
+        assert example in STORIES and corpus.parse_story(example).shape == shape
+        assert ("memory" in asks) == all(v.remembers for v in mine)
+        assert ("counting" in asks) == any(v.counts for v in mine)
+    weights = sum(w for w, _ in corpus.SHAPES.values())
+    assert f"divided by {weights}" in card
