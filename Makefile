@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # Written when the build is complete: an interrupted build leaves no stamp and is begun anew.
 STAMP := $(VENV)/.built
 
-.PHONY: help lab train test bench pages check lint corpus clean
+.PHONY: help lab train test bench pages check lint corpus model picture clean
 help:
 	@echo "make lab      open the pages in JupyterLab"
 	@echo "make train    train and sample at the command line (ARGS=--help lists the options)"
@@ -16,6 +16,8 @@ help:
 	@echo "make check    say what breaks a rule of a page (PAGES=... as above)"
 	@echo "make lint     look for mistakes in the code"
 	@echo "make corpus   write data/tiny_corpus.txt anew"
+	@echo "make model    train data/tiny_model.pt anew (about ten minutes)"
+	@echo "make picture  draw the README's picture anew"
 	@echo "make clean    delete .venv and what tools left behind"
 	@echo
 	@echo "PYTHON=python3.12 picks the Python to build .venv with."
@@ -57,6 +59,16 @@ lint: $(STAMP)
 
 corpus: $(STAMP)
 	$(RUN) data/make_tiny_corpus.py
+
+# The model that pages load. Checkpoints of a run hold the optimiser too; what ships is the model alone.
+model: $(STAMP)
+	rm -rf runs/model
+	$(RUN) tinygpt_helpers.py train --out runs/model --steps 6000 --eval-every 1000
+	$(RUN) -c "from tinygpt_helpers import load_checkpoint, save_checkpoint; c = load_checkpoint('runs/model/best.pt'); \
+	  save_checkpoint('data/tiny_model.pt', c['model'], step=c['step'], tokenizer=c['tokenizer'], history=c['history'])"
+
+picture: $(STAMP)
+	$(RUN) tests/picture.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis pages-out

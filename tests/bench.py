@@ -1,0 +1,251 @@
+"""Speed as ratios: both sides of each in one run, on one machine, in turns.
+
+    make bench                       all
+    make bench ARGS="--only training --quick"
+
+Nothing here passes or fails: times depend on the machine and on what else it does. Each ratio is
+one of medians over interleaved repetitions, so that a slow minute falls on both sides.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tinygpt_helpers import (  # noqa: E402
+    CharTokenizer,
+    NextTokenDataset,
+    TinyGPT,
+    evaluate,
+    generate,
+    load_corpus,
+    make_optimizer,
+    sample_batch,
+    split_corpus,
+    train,
+    train_step,
+)
+
+
+def compare(one, two, repetitions):
+    """Median seconds of `one()` and of `two()`, called in turns after one call of each."""
+    times = {one: [], two: []}
+    one(), two()
+    for i in range(repetitions):
+        for function in ((one, two), (two, one))[i % 2]:  # neither is always the first
+            began = time.perf_counter()
+            function()
+            times[function].append(time.perf_counter() - began)
+    return statistics.median(times[one]), statistics.median(times[two])
+
+
+# ---------------------------------------------------------------- drawing batches
+
+
+def batches(quick):
+    """One gather for all windows, against a DataLoader that asks for each window."""
+    ids, T, n = torch.randint(65, (200_000,)), 64, 20 if quick else 100
+    ds = NextTokenDataset(ids, T)
+    for B, aim in [(12, ""), (64, "20 or more")]:
+        # with replacement, as sample_batch draws: no time goes into shuffling all windows first
+        sampler = torch.utils.data.RandomSampler(ds, replacement=True, num_samples=B * n)
+        loader = torch.utils.data.DataLoader(ds, batch_size=B, sampler=sampler)
+
+        def vectorised(B=B):
+            for _ in range(n):
+                sample_batch(ids, T, B)
+
+        def one_by_one(loader=loader):
+            for _ in loader:
+                pass
+
+        fast, slow = compare(vectorised, one_by_one, 5 if quick else 15)
+        yield (f"batches of {B} x {T}", f"{1e6 * fast / n:.0f} us a batch, sample_batch",
+               f"{1e6 * slow / n:.0f} us, DataLoader", slow / fast, aim)
+
+
+# ---------------------------------------------------------------- a step of training
+
+
+class PlainBlock(nn.Module):
+    """A block as one writes it first: three projections, scores, mask and softmax by hand."""
+
+    def __init__(self, d_model, n_heads, T):
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.q, self.k, self.v, self.proj = (nn.Linear(d_model, d_model, bias=False)
+                                             for _ in range(4))
+        self.up = nn.Linear(d_model, 4 * d_model, bias=False)
+        self.down = nn.Linear(4 * d_model, d_model, bias=False)
+        self.register_buffer("mask", torch.ones(T, T).tril())
+
+    def forward(self, x):
+        B, T, C = x.shape
+        h = self.norm1(x)
+        q, k, v = (layer(h).view(B, T, self.n_heads, -1).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))  # (B, n_heads, T, d_head)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.n_heads)
+        scores = scores.masked_fill(self.mask[:T, :T] == 0, float("-inf"))
+        y = F.softmax(scores, dim=-1) @ v
+        x = x + self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class PlainGPT(nn.Module):
+    """The same model with none of the module's care for speed."""
+
+    def __init__(self, V, d_model, n_heads, n_layers, T):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(V, d_model), nn.Embedding(T, d_model)
+        self.blocks = nn.ModuleList(PlainBlock(d_model, n_heads, T) for _ in range(n_layers))
+        self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, V, bias=False)
+
+    def forward(self, idx):
+        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def copy_from(self, model):
+        """Take the weights of a TinyGPT, so that both must compute the same."""
+        weights = {}
+        for name, value in model.state_dict().items():
+            name = name.replace("mlp.0", "up").replace("mlp.2", "down")
+            if "qkv" in name:
+                for part, rows in zip("qkv", value.chunk(3)):
+                    weights[name.replace("attention.qkv", part)] = rows
+            else:
+                weights[name.replace("attention.", "")] = value
+        missing, unexpected = self.load_state_dict(weights, strict=False)
+        assert not unexpected and all(name.endswith("mask") for name in missing)
+
+
+def training(quick):
+    """train_step and make_optimizer, against the plain model and AdamW as it comes."""
+    V, C, n_heads, n_layers, T, B = 65, 128, 4, 4, 64, 12
+    torch.manual_seed(0)
+    model, plain = TinyGPT(V, C, n_heads, n_layers, T), PlainGPT(V, C, n_heads, n_layers, T)
+    plain.copy_from(model)
+    x, y = sample_batch(torch.randint(V, (5000,)), T, B)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-4)
+    ours, theirs = make_optimizer(model, 1e-3), torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    losses, n = ([], []), 3 if quick else 10
+
+    def module():
+        for _ in range(n):
+            losses[0].append(train_step(model, ours, x, y, lr=1e-3))
+
+    def by_hand():
+        for _ in range(n):
+            loss = F.cross_entropy(plain(x).view(-1, V), y.reshape(-1))
+            theirs.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            theirs.step()
+            losses[1].append(loss.item())
+
+    fast, slow = compare(module, by_hand, 5 if quick else 11)
+    assert abs(losses[0][0] - losses[1][0]) < 1e-5, "the two sides do not compute the same"
+    tokens = n * B * T
+    yield (f"training, {n_layers} layers, {n_heads} heads, {C} wide, {B} x {T}",
+           f"{tokens / fast:,.0f} tokens/s, train_step", f"{tokens / slow:,.0f} tokens/s, plain",
+           slow / fast, "1.2 or more")
+
+
+# ---------------------------------------------------------------- generation
+
+
+def generation(quick):
+    """generate with the KV cache, against reading the whole text anew for each token."""
+    torch.manual_seed(0)
+    model = TinyGPT(65, 128, 4, 4, max_len=256)
+    for T, new in [(8, 248), (128, 128)] if not quick else [(8, 60)]:
+        prompt, texts = torch.randint(65, (1, T)), {}
+
+        def write(use_cache, prompt=prompt, new=new, texts=texts):
+            texts[use_cache] = generate(model, prompt, new, 0, use_cache=use_cache)
+
+        fast, slow = compare(lambda: write(True), lambda: write(False), 5)  # noqa: B023
+        same = "the same text" if torch.equal(*texts.values()) else "DIFFERENT TEXTS"
+        yield (f"generation, {T} + {new} tokens, {same}", f"{new / fast:.0f} tokens/s, cache",
+               f"{new / slow:.0f} tokens/s, no cache", slow / fast, "")
+
+
+# ---------------------------------------------------------------- how well a model learns
+
+
+def find_shakespeare():
+    """The text, or None: from the cache, from a copy beside the repository, or downloaded."""
+    copy = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    with tempfile.TemporaryDirectory() as folder:
+        if copy.is_file():
+            shutil.copy(copy, folder)
+            os.environ["TINYGPT_CACHE"] = folder
+        try:
+            return load_corpus("shakespeare")
+        except (OSError, ValueError) as error:
+            print(f"  skipped, there is no Tiny Shakespeare: {error}")
+            return None
+        finally:
+            if copy.is_file():
+                del os.environ["TINYGPT_CACHE"]
+
+
+def shakespeare(quick, lr=6e-3):
+    """2,000 steps of 12 windows of 64 characters; the loss over the whole last tenth."""
+    text = find_shakespeare()
+    if text is None:
+        return
+    train_text, val_text = split_corpus(text)
+    tok, steps = CharTokenizer(text), 100 if quick else 2000
+    train_ids, val_ids = (torch.tensor(tok.encode(part)) for part in (train_text, val_text))
+    torch.manual_seed(0)
+    model = TinyGPT(tok.vocab_size, 128, 4, 4, max_len=64)
+    began = time.perf_counter()
+    train(model, train_ids, val_ids, steps, batch_size=12, lr=lr, eval_every=steps)
+    spent, loss = time.perf_counter() - began, evaluate(model, val_ids)
+    yield (f"Tiny Shakespeare, {steps:,} steps of 12 x 64, lr {lr}",
+           f"validation loss {loss:.3f}", f"{spent:.0f} s", None,
+           "1.82 or less" if not quick else "")
+
+
+BENCHES = {f.__name__: f for f in (batches, training, generation, shakespeare)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure speed, as ratios.")
+    parser.add_argument("--only", choices=BENCHES, help="this one alone")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, less exact")
+    args = parser.parse_args()
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{os.cpu_count()} cores{load}")
+    rows = []
+    for name in [args.only] if args.only else BENCHES:
+        print(f"{name}: {BENCHES[name].__doc__}", flush=True)
+        rows += BENCHES[name](args.quick)
+    print()
+    head = ("what", "here", "compared with", "ratio", "aim")
+    table = [head] + [(*row[:3], f"{row[3]:.2f} x" if row[3] else "", row[4]) for row in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    table.insert(1, tuple("-" * width for width in widths))
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    main()
