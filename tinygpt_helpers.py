@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -94,6 +95,7 @@ def fetch(url, path, size, sha256):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
+    have = have if have < size else 0  # a whole one that never got its name: begin anew
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
@@ -134,10 +136,10 @@ def load_corpus(name="tiny"):
     try:
         text = data.decode("utf-8-sig")  # -sig: Windows editors put a mark at the start
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name!r} is not UTF-8: byte 0x{data[error.start]:02x} at position "
+        raise ValueError(f"{str(name)!r} is not UTF-8: byte 0x{data[error.start]:02x} at position "
                          f"{error.start}; save it as UTF-8 in your editor") from None
     if not text.strip():
-        raise ValueError(f"{name!r} is empty; a text to learn from needs at least a few pages")
+        raise ValueError(f"{str(name)!r} is empty; a text to learn from needs at least a few pages")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -183,6 +185,7 @@ class CharTokenizer:
         return [self.stoi[ch] for ch in s]
 
     def decode(self, ids):
+        ids = [int(i) for i in ids]  # a tensor's entries too
         if unknown := [i for i in ids if i not in self.itos]:
             raise ValueError(f"id {unknown[0]} is not in 0..{self.vocab_size - 1}, the vocabulary")
         return "".join(self.itos[i] for i in ids)
@@ -355,7 +358,7 @@ class TinyGPT(nn.Module):
 
     def __init__(self, vocab_size, d_model, n_heads, n_layers, max_len, dropout=0.0):
         super().__init__()
-        if d_model % n_heads:
+        if d_model < 1 or n_heads < 1 or d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         self.config = dict(vocab_size=vocab_size, d_model=d_model, n_heads=n_heads,
                            n_layers=n_layers, max_len=max_len, dropout=dropout)
@@ -385,9 +388,9 @@ def plot_attention(weights, tokens, title="Who looks at whom"):
     weights: `(n_heads, T, T)` or one map `(T, T)`. tokens: the T characters, on both axes.
     Row = the position that looks, column = the position looked at; one colour scale for all.
     """
-    maps = weights.detach().cpu().reshape(-1, *weights.shape[-2:])
-    if maps.size(-1) != len(tokens):
-        raise ValueError(f"{len(tokens)} tokens do not fit weights of T = {maps.size(-1)}")
+    maps = weights.detach().cpu().reshape(-1, *weights.shape[-2:]).numpy()
+    if maps.shape[-1] != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens do not fit weights of T = {maps.shape[-1]}")
     columns = min(4, len(maps))
     rows = math.ceil(len(maps) / columns)
     side = min(6.0, max(2.6, 0.22 * len(tokens))) if len(maps) == 1 else 2.9
@@ -511,7 +514,8 @@ class ProgressBar:
         self.cell = None  # the notebook's output, redrawn in place
 
     def update(self, done, message, last=False):
-        notebook, now = "ipykernel" in sys.modules, time.perf_counter()
+        ipython, now = sys.modules.get("IPython"), time.perf_counter()
+        notebook = hasattr(ipython and ipython.get_ipython(), "kernel")
         if now - self.shown < (0.2 if notebook or sys.stdout.isatty() else 10) and not last:
             return
         self.shown, spent = now, now - self.began
@@ -558,14 +562,13 @@ def load_checkpoint(path, device="cpu"):
     Only tensors and plain values are read (weights_only=True): a file from a stranger cannot run
     code. ValueError if it is damaged or not a checkpoint of this course. (Page 04.)
     """
+    data = io.BytesIO(Path(path).read_bytes())
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(data, map_location="cpu", weights_only=True)
         if state["format"] != "tinygpt-1":
             raise KeyError(state["format"])
         model = TinyGPT(**state["config"])
         model.load_state_dict(state["model"])
-    except OSError:
-        raise
     except Exception as error:  # torch.load's errors for damaged files are of many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{str(path)!r} is damaged or no TinyGPT checkpoint: {reason}") from None
@@ -609,9 +612,9 @@ def validate_and_save(model, val_ids, history, step, out=None, **state):
     history["val_step"].append(step)
     history["val_loss"].append(loss)
     if out:
-        save_checkpoint(Path(out) / "last.pt", model, step=step, history=history, **state)
-        if loss == min(history["val_loss"]):
+        if loss == min(history["val_loss"]):  # first: last.pt says that this step is done
             save_checkpoint(Path(out) / "best.pt", model, step=step, history=history, **state)
+        save_checkpoint(Path(out) / "last.pt", model, step=step, history=history, **state)
 
 
 def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_size=None,
@@ -624,6 +627,9 @@ def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_s
     that step, `resume` (a loaded checkpoint) goes on. FloatingPointError if the loss is not finite;
     the files of the last good step stay. block_size: the model's max_len if None. (Page 04.)
     """
+    if not min(steps, batch_size, eval_every, max_seconds) > 0:
+        raise ValueError(f"steps is {steps}, batch_size is {batch_size}, eval_every is {eval_every}"
+                         f", max_seconds is {max_seconds}; each must be above 0")
     optimizer, generator, history = start_run(model, lr, seed, resume)
     state = dict(out=out, optimizer=optimizer, tokenizer=tokenizer, generator=generator)
     T, device = block_size or model.max_len, next(model.parameters()).device
@@ -688,7 +694,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (None: all)")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).indices
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
@@ -841,6 +847,7 @@ def open_run(args):
     model = resume["model"] if resume else TinyGPT(
         tokenizer.vocab_size, args.d_model, args.n_heads, args.n_layers, args.max_len, args.dropout)
     ids = [torch.tensor(tokenizer.encode(text)) for text in (train_text, known)]
+    NextTokenDataset(ids[0], model.max_len)  # too short for one window: an error before any file
     return out, device, tokenizer, model.to(device), *ids, resume
 
 
@@ -858,7 +865,7 @@ def train_command(args):
             out=out, tokenizer=tokenizer, resume=resume, seed=args.seed)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. {out / 'last.pt'} has all up to the last validation; go on with\n  "
-                 f"python tinygpt_helpers.py train --resume --corpus {args.corpus} --out {out}")
+                 f"python tinygpt_helpers.py {args.again} --resume --out {shlex.quote(str(out))}")
     floor = None
     if args.corpus == "tiny":
         val_text = tokenizer.decode(val_ids.tolist())
@@ -929,7 +936,9 @@ def command_line():
 def main(argv=None):
     """Run the command line; without arguments, the whole demonstration. (Page 05.)"""
     argv = sys.argv[1:] if argv is None else argv
-    args = command_line().parse_args(argv or ["train", "--max-seconds", "90"])
+    argv = argv or ["train", "--max-seconds", "90"]
+    args = command_line().parse_args(argv)
+    args.again = shlex.join(argv)  # the same options, for a run that was stopped
     if args.command is None:
         command_line().error("a command is missing: train or generate")
     try:
@@ -956,6 +965,7 @@ class KVCache:
         self.length = 0
 
 
+@torch.no_grad()
 def forward_cached(model, idx, cache):
     """Read the new tokens idx `(B, T)` after those in `cache`; return logits `(B, T, V)`.
 

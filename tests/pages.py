@@ -778,7 +778,11 @@ def imported_names(page):
 
 
 def rule_imports(page):
-    """One paragraph or list item names what is imported and links to the page that builds it."""
+    """One paragraph or list item names what is imported and links to the page that builds it.
+
+    Page 00 shows the end first, so it may import from any page; another page may import from one
+    after it only where that paragraph says the word "later".
+    """
     names = imported_names(page)
     names = {name: i for name, i in names.items() if not name.startswith("__")}
     if not names:
@@ -798,10 +802,13 @@ def rule_imports(page):
             found.append(
                 page.at(i, f"imports {name}, which no page builds in a cell tagged `final`")
             )
-        elif builder > page.path.name:
-            found.append(page.at(i, f"imports {name}, which is built only later, in {builder}"))
         elif builder != page.path.name:
-            if not any(re.search(rf"`{name}(\(.*?\))?`", b) and f"({builder}" in b for b in blocks):
+            called = re.compile(rf"`{name}(\(.*?\))?`")
+            said = [b for b in blocks if called.search(b) and f"({builder}" in b]
+            early = builder > page.path.name and not page.path.name.startswith("00")
+            if early and not any("later" in b for b in said):
+                found.append(page.at(i, f"imports {name}, which is built only later, in {builder}"))
+            elif not said:
                 found.append(
                     page.at(
                         i,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 matplotlib.use("Agg")
 
-from make_tiny_corpus import floor  # noqa: E402
+from make_tiny_corpus import floor  # noqa: E402, I001
 from tinygpt_helpers import load_checkpoint, load_corpus, split_corpus  # noqa: E402
 
 
