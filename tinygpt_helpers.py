@@ -970,11 +970,14 @@ def forward_cached(model, idx, cache):
     """Read the new tokens idx `(B, T)` after those in `cache`; return logits `(B, T, V)`.
 
     The same numbers as the last T rows of `model(all tokens)`, for the work of T tokens. The
-    cache grows by T. ValueError if it would pass max_len. No dropout. (Page 07.)
+    cache grows by T. For a model in eval mode. ValueError if it would pass max_len. (Page 07.)
     """
+    check_ids(idx, model.vocab_size, model.max_len)
     T, start = idx.size(1), cache.length
-    check_ids(idx, model.vocab_size, model.max_len - start)
     end = start + T
+    if end > model.max_len:
+        raise ValueError(f"{T} tokens after the {start} in the cache would pass max_len = "
+                         f"{model.max_len}: only {model.max_len - start} more fit")
     # token i of the chunk stands at start + i and sees every position up to itself
     mask = torch.ones(T, end, dtype=torch.bool, device=idx.device).tril(start) if T > 1 else None
     x = model.tokens(idx) + model.positions.weight[start:end]
