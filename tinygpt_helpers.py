@@ -571,6 +571,8 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(state["model"])
     except Exception as error:  # torch.load's errors for damaged files are of many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "weights_only" in reason:  # torch advises to load it unsafely: not to be passed on
+            reason = "PyTorch cannot read it safely"
         raise ValueError(f"{str(path)!r} is damaged or no TinyGPT checkpoint: {reason}") from None
     state["model"] = model.to(device)
     state["tokenizer"] = state["tokenizer"] and CharTokenizer(state["tokenizer"])
@@ -754,7 +756,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     return text
 
 
-def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0, max_chars=300):
+def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0, max_chars=240):
     """Return `n` stories as strings: what the model writes from a line's start to its end.
 
     Each begins with `prompt`; one without an end after `max_chars` more characters is cut there.
@@ -805,14 +807,15 @@ def report(model, tokenizer, val_text):
     loss, floor = story_loss(model, tokenizer, val_text), judge.floor(val_text)
     print(f"\nStories it has never seen cost it {loss:.3f} nats per character "
           f"({loss / math.log(2):.3f} bits).\nThe floor, which no model can beat, is {floor:.3f}: "
-          f"this one ends {loss / floor - 1:.0%} above it.\n\nOf 200 stories that it writes:")
-    scores = judge.score_stories(sample_stories(model, tokenizer, 200))
+          f"this one ends {loss / floor - 1:.0%} above it.\n\nOf 200 stories that it writes "
+          "(at temperature 0.7):")
+    scores = judge.score_stories(sample_stories(model, tokenizer, 200, temperature=0.7))
     for skill, meaning in [("spelled", "have only words of the corpus"),
                            ("grammatical", "are whole stories without a grammar mistake"),
                            ("remembers", "come back to the right name and thing"),
                            ("counts", "of those that count count right")]:
         print(f"  {scores[skill]:4.0%} {meaning}")
-    print("\nThree of them, written a little more carefully (temperature 0.7):")
+    print("\nThree more:")
     for seed, prompt in enumerate(["I love ", "", ""]):
         print("  " + sample_stories(model, tokenizer, 1, prompt, temperature=0.7, seed=seed)[0])
 
@@ -872,8 +875,10 @@ def train_command(args):
         floor = corpus_tools().floor(val_text)
         report(model, tokenizer, val_text)
     plot_loss(history, floor).savefig(out / "loss.png", dpi=150)
-    print(f"\nThe loss curve is {out / 'loss.png'}, the model {out / 'best.pt'}. Let it write:\n"
-          f'  python tinygpt_helpers.py generate --checkpoint {out / "best.pt"} --prompt "I love "')
+    hint = ' --prompt "I love "' if args.corpus == "tiny" else ""  # another text may have no "I"
+    best = out / "best.pt"
+    print(f"\nThe loss curve is {out / 'loss.png'}, the model {best}. Let it write:\n"
+          f"  python tinygpt_helpers.py generate --checkpoint {shlex.quote(str(best))}{hint}")
 
 
 def generate_command(args):
