@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -817,7 +818,8 @@ def report(model, tokenizer, val_text):
         print(f"  {scores[skill]:4.0%} {meaning}")
     print("\nThree more:")
     for seed, prompt in enumerate(["I love ", "", ""]):
-        print("  " + sample_stories(model, tokenizer, 1, prompt, temperature=0.7, seed=seed)[0])
+        story = sample_stories(model, tokenizer, 1, prompt, temperature=0.7, seed=seed)[0]
+        print(textwrap.fill(story, 92, initial_indent="  ", subsequent_indent="    "))
 
 
 def run_folder(corpus, resume=False):

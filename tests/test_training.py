@@ -472,7 +472,7 @@ def test_a_foreign_file_is_named(tmp_path, foreign):
         torch.save(foreign, path)
     with pytest.raises(ValueError, match="foreign.pt.*no TinyGPT checkpoint") as caught:
         load_checkpoint(path)
-    assert "weights_only" not in str(caught.value), "torch's advice to load it unsafely came through"
+    assert "weights_only" not in str(caught.value)  # torch advises to load it unsafely
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(saved):
