@@ -465,7 +465,7 @@ def make_optimizer(model, lr, weight_decay=0.1):
     """Return AdamW that decays matrices only: not the gains and biases of the norms. (Page 04.)
 
     lr: the peak learning rate. Loshchilov and Hutter 2019; betas as nanoGPT has them for
-    character models (few tokens a step: a longer memory for the second moment).
+    character models (0.99: longer than its usual 0.95, shorter than PyTorch's 0.999).
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -627,8 +627,8 @@ def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_s
 
     Every `eval_every` steps and at the end: validate_and_save, then on_eval(history). The learning
     rate falls to zero over `steps` or `max_seconds`, whichever ends first; `stop_at` pauses before
-    that step, `resume` (a loaded checkpoint) goes on. FloatingPointError if the loss is not finite;
-    the files of the last good step stay. block_size: the model's max_len if None. (Page 04.)
+    that step; `resume` (a loaded checkpoint) goes on, its seconds counted anew. FloatingPointError
+    if the loss is not finite; the last good files stay. block_size: max_len if None. (Page 04.)
     """
     if not min(steps, batch_size, eval_every, max_seconds) > 0:
         raise ValueError(f"steps is {steps}, batch_size is {batch_size}, eval_every is {eval_every}"
@@ -712,7 +712,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
 def draw(probs, generator=None):
     """Draw one token from each row of probs `(B, V)`: `(B,)` int64. (Page 05.)
 
-    It is drawn where the generator lives, so that a seed gives the same text on every device.
+    It is drawn where the generator lives, so that a seed gives the same draws for every device.
     """
     place = generator.device if generator is not None else probs.device
     token = torch.multinomial(probs.to(place), 1, generator=generator)
@@ -813,8 +813,8 @@ def report(model, tokenizer, val_text):
     scores = judge.score_stories(sample_stories(model, tokenizer, 200, temperature=0.7))
     for skill, meaning in [("spelled", "have only words of the corpus"),
                            ("grammatical", "are whole stories without a grammar mistake"),
-                           ("remembers", "come back to the right name and thing"),
-                           ("counts", "of those that count count right")]:
+                           ("remembers", "remember, of those that should or are ungrammatical"),
+                           ("counts", "count right, of those that should or are ungrammatical")]:
         print(f"  {scores[skill]:4.0%} {meaning}")
     print("\nThree more:")
     for seed, prompt in enumerate(["I love ", "", ""]):
@@ -900,15 +900,15 @@ def generate_command(args):
 
 TRAIN_OPTIONS = {  # name: (value if not given, what it is)
     "corpus": ("tiny", "'tiny', 'shakespeare' or the path of your own UTF-8 text file"),
-    "steps": (2000, "how many batches to learn from"),
-    "batch-size": (4, "windows in a batch"),
+    "steps": (1200, "how many batches to learn from"),
+    "batch-size": (8, "windows in a batch"),
     "max-len": (256, "how far the model can look back, in characters"),
     "d-model": (128, "the width of the model"),
     "n-heads": (4, "attention heads in each layer"),
     "n-layers": (2, "how many blocks are stacked"),
     "dropout": (0.0, "the share of activations left out while training"),
-    "lr": (5e-3, "the highest learning rate"),
-    "eval-every": (500, "steps from one validation, and checkpoint, to the next"),
+    "lr": (4e-3, "the highest learning rate"),
+    "eval-every": (400, "steps from one validation, and checkpoint, to the next"),
     "max-seconds": (math.inf, "end after about so many seconds"),
     "seed": (0, "another number gives another start and other batches"),
 }
@@ -1001,6 +1001,7 @@ def forward_cached(model, idx, cache):
 def cached_reader(model):
     """Return `read(text)` as uncached_reader does, but each token is read only once. (Page 07.)
 
+    Each text must go on from the one before: only what is new in it is read.
     Past max_len every position moves by one with each new token, so nothing that was stored
     still holds: from there on the window is read anew, as without a cache.
     """
