@@ -18,40 +18,47 @@ from make_tiny_corpus import floor  # noqa: E402, I001
 from tinygpt_helpers import load_checkpoint, load_corpus, split_corpus  # noqa: E402
 
 
-def sharpest_head(maps):
-    """The (layer, head) that looks far back most decidedly: maps is (n_layers, n_heads, T, T)."""
-    far = maps.tril(-12)  # leave out the neighbours, where every model looks
-    score = far.amax(-1).mean(-1)  # (n_layers, n_heads)
-    return divmod(score.argmax().item(), maps.size(1))
+def sharpest_head(rows, far):
+    """The (layer, head) whose rows look far back most decidedly.
+
+    rows: (n_layers, n_heads, n, T), attention of the last n positions; far: how many of the first
+    columns count as far back.
+    """
+    score = rows[..., :far].amax(-1).mean(-1)  # (n_layers, n_heads)
+    return divmod(score.argmax().item(), rows.size(1))
 
 
 def main():
     state = load_checkpoint(ROOT / "data" / "tiny_model.pt")
     model, tokenizer, history = state["model"].eval(), state["tokenizer"], state["history"]
     val_text = split_corpus(load_corpus(), by_line=True)[1]
-    story = min((s for s in val_text.splitlines() if " put " in s), key=len)
-    _, maps = model(torch.tensor([tokenizer.encode("\n" + story)]), return_attention=True)
-    layer, head = sharpest_head(maps[:, 0].detach())
+    story = min((s for s in val_text.splitlines() if " put " in s and s.endswith(".")), key=len)
+    text = "\n" + story
+    ending = text.rindex(". ") + 1
+    _, maps = model(torch.tensor([tokenizer.encode(text)]), return_attention=True)
+    rows = maps[:, 0, :, ending + 1 :].detach()  # the last sentence reads the story
+    layer, head = sharpest_head(rows, far=ending - 20)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained",
-                                         width_ratios=[1, 1.05])
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained",
+                                          height_ratios=[1, 1.1])
     losses = torch.tensor(history["train_loss"])
-    left.plot(losses, color="C0", alpha=0.25, linewidth=0.6)
-    left.plot(range(49, len(losses)), losses.unfold(0, 50, 1).mean(1), color="C0", label="training")
-    left.plot(history["val_step"], history["val_loss"], "o--", color="C1", label="validation")
+    above.plot(losses, color="C0", alpha=0.25, linewidth=0.6)
+    smooth = losses.unfold(0, 50, 1).mean(1)
+    above.plot(range(49, len(losses)), smooth, color="C0", label="training")
+    above.plot(history["val_step"], history["val_loss"], "o--", color="C1", label="validation")
     bound = floor(val_text)
-    left.axhline(bound, color="black", linestyle=":", label=f"floor of the text, {bound:.2f}")
-    left.set(xlabel="step", ylabel="loss (nats per character)", ylim=(0, None),
-             title="From a blind guess towards the floor")
-    left.legend()
-    letters = [{" ": "␣", "\n": "↵"}.get(ch, ch) for ch in "\n" + story]
-    image = right.imshow(maps[layer, 0, head].detach(), cmap="viridis", vmin=0, vmax=1)
-    every = range(0, len(letters))
-    right.set_xticks(every, letters, fontsize=4)
-    right.set_yticks(every, letters, fontsize=4)
-    right.set(xlabel="looked at", ylabel="looking",
-              title=f"A head reads a story (layer {layer}, head {head})")
-    figure.colorbar(image, ax=right, label="attention weight", shrink=0.8)
+    above.axhline(bound, color="black", linestyle=":", label=f"floor of the text, {bound:.2f}")
+    above.set(xlabel="step", ylabel="loss (nats per character)", ylim=(0, None),
+              title="From a blind guess towards the floor")
+    above.legend()
+    letters = [{" ": "␣", "\n": "↵"}.get(ch, ch) for ch in text]
+    image = below.imshow(rows[layer, head], cmap="viridis", aspect="auto")
+    below.set_xticks(range(len(letters)), letters, fontsize=7)
+    below.set_yticks(range(rows.size(2)), letters[ending + 1 :], fontsize=7)
+    below.tick_params(length=0)
+    below.set(xlabel="looked at: the whole story", ylabel="looking: its last words",
+              title=f"One head looks back over the story (layer {layer}, head {head})")
+    figure.colorbar(image, ax=below, label="attention weight")
     target = ROOT / "notebooks" / "images" / "overview.png"
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=110, metadata={"Software": None})
