@@ -900,15 +900,15 @@ def generate_command(args):
 
 TRAIN_OPTIONS = {  # name: (value if not given, what it is)
     "corpus": ("tiny", "'tiny', 'shakespeare' or the path of your own UTF-8 text file"),
-    "steps": (1200, "how many batches to learn from"),
-    "batch-size": (8, "windows in a batch"),
+    "steps": (2700, "how many batches to learn from"),
+    "batch-size": (4, "windows in a batch"),
     "max-len": (256, "how far the model can look back, in characters"),
-    "d-model": (128, "the width of the model"),
-    "n-heads": (4, "attention heads in each layer"),
+    "d-model": (96, "the width of the model"),
+    "n-heads": (3, "attention heads in each layer"),
     "n-layers": (2, "how many blocks are stacked"),
     "dropout": (0.0, "the share of activations left out while training"),
     "lr": (4e-3, "the highest learning rate"),
-    "eval-every": (400, "steps from one validation, and checkpoint, to the next"),
+    "eval-every": (900, "steps from one validation, and checkpoint, to the next"),
     "max-seconds": (math.inf, "end after about so many seconds"),
     "seed": (0, "another number gives another start and other batches"),
 }
@@ -943,7 +943,7 @@ def command_line():
 def main(argv=None):
     """Run the command line; without arguments, the whole demonstration. (Page 05.)"""
     argv = sys.argv[1:] if argv is None else argv
-    argv = argv or ["train", "--max-seconds", "90"]
+    argv = argv or ["train", "--max-seconds", "80"]
     args = command_line().parse_args(argv)
     args.again = shlex.join(argv)  # the same options, for a run that was stopped
     if args.command is None:
