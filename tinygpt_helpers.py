@@ -900,14 +900,14 @@ def generate_command(args):
 
 TRAIN_OPTIONS = {  # name: (value if not given, what it is)
     "corpus": ("tiny", "'tiny', 'shakespeare' or the path of your own UTF-8 text file"),
-    "steps": (2700, "how many batches to learn from"),
-    "batch-size": (4, "windows in a batch"),
-    "max-len": (256, "how far the model can look back, in characters"),
+    "steps": (2900, "how many batches to learn from"),
+    "batch-size": (6, "windows in a batch"),
+    "max-len": (192, "how far the model can look back, in characters"),
     "d-model": (96, "the width of the model"),
     "n-heads": (3, "attention heads in each layer"),
     "n-layers": (2, "how many blocks are stacked"),
     "dropout": (0.0, "the share of activations left out while training"),
-    "lr": (4e-3, "the highest learning rate"),
+    "lr": (5e-3, "the highest learning rate"),
     "eval-every": (900, "steps from one validation, and checkpoint, to the next"),
     "max-seconds": (math.inf, "end after about so many seconds"),
     "seed": (0, "another number gives another start and other batches"),
