@@ -16,7 +16,7 @@ help:
 	@echo "make check    say what breaks a rule of a page (PAGES=... as above)"
 	@echo "make lint     look for mistakes in the code"
 	@echo "make corpus   write data/tiny_corpus.txt anew"
-	@echo "make model    train data/tiny_model.pt anew (about ten minutes)"
+	@echo "make model    train data/tiny_model.pt anew (about a quarter of an hour)"
 	@echo "make picture  draw the README's picture anew"
 	@echo "make clean    delete .venv and what tools left behind"
 	@echo
