@@ -91,7 +91,7 @@ def test_main_writes_and_checks(tmp_path, monkeypatch, capsys):
 def test_size_and_variety():
     assert 0.9e6 <= len(TEXT) <= 1.1e6
     assert 60 <= len(set(TEXT)) <= 80
-    assert set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?'\":;\n") == set(TEXT)
+    assert set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?'\"\n") == set(TEXT)
     assert len(corpus.SHAPES) >= 12
     assert sum(s.startswith("I love ") for s in STORIES) >= 200
     assert sum(len(s) < 256 for s in STORIES) / len(STORIES) >= 0.9
@@ -173,8 +173,9 @@ def every_story(m, pieces, said, text="", p=1.0):
 def small():
     """The same grammar with few entries left in most lists: small enough to exhaust."""
     m = load("small_corpus")
-    two, three = ("COLOUR", "HOLDER", "PET", "TRICK", "SAID", "DAY", "USED"), ("NAME", "HIDING")
-    keep = {**dict.fromkeys(two, 2), **dict.fromkeys(three, 3), "HABIT": 3, "JOY": 4, "NUMBER": 12}
+    two = "COLOUR HOLDER TRICK SAID DAY PLACE KIN FOOD COLLECT FLED WHEN LATER".split()
+    three = "NAME HIDING PET FLOCK HABIT".split()
+    keep = {**dict.fromkeys(two, 2), **dict.fromkeys(three, 3), "JOY": 4, "NUMBER": 12}
     for name, entry in m.LISTS.items():
         n = len(entry) if name.endswith("_END") else keep.get(name, 1)
         m.LISTS[name] = entry[:n] if isinstance(entry, list) else " | ".join(entry.split("|")[:n])
@@ -209,61 +210,56 @@ def test_sampled_costs_meet_the_exact_entropy(small, shape):
 # --- the four skills, broken one at a time -------------------------------------------------------
 
 BOX = (
-    "On Sunday, Tom put an orange ball in the box and a blue hat in the bag. Later, he opened the "
-    'box. "Look!" said Tom. There was the orange ball.'
+    "Tom put an orange ball in the box. Later, he opened the box. "
+    '"Look!" said Tom. There was the orange ball.'
 )
 LOST = (
-    "Kate lost her red key. She looked under the bed and in the attic, but found only an old "
-    'sock. "Look on the shelf," called Ben. Kate looked on the shelf, and Ben was right: there '
-    "lay the red key!"
+    "Kate lost her red key. She found only an old sock. "
+    '"Look on the shelf," called Ben. There lay the red key!'
 )
 EATEN = (
-    'Anna packed nine warm muffins. Her old owl ate six at once. "Oh no!" cried Anna. "Now three '
-    'muffins are left." "Was it you?" asked Anna. The owl only winked.'
+    'Anna packed nine muffins. Her old owl ate six. "Oh no!" cried Anna. "Now three muffins are '
+    'left." The owl only winked.'
 )
-GIFT = (
-    "Leo had one red leaf. Max found three more by the river and gave them to Leo. Now Leo has "
-    'four red leaves. "Look, Max!" he said.'
-)
+GIFT = "Leo had one leaf. Max found three more. Now Leo and Max have four leaves."
 FLOCK = (
-    "There were four lazy mice on the hill. After tea, an odd drum fell down with a bang. This "
-    "scared one, and it hid. Now only three mice were on the hill."
+    "There were four shy mice on the hill. Then one hid, so three mice were still on the hill."
 )
 COUNT = (
-    "I love coins! I have two red coins, and on Sunday my aunt got one more. That makes three "
-    "coins for me and my aunt!"
+    "I love coins! I have two coins, and my aunt got one more. "
+    "That makes three coins for me and my aunt!"
 )
 DREAM = (
-    "I love rain and mud, but my old mother loves snow and honey. Last night I dreamed of rain, "
-    "and she dreamed of snow!"
+    "I love mud, but my old mother loves snow. "
+    "Last night I dreamed of mud, and she dreamed of snow!"
 )
 PET = (
-    'I love Mia, my shy red cat. All summer she licks my ball. "Oh, Mia!" says my aunt. I only '
-    "laugh. There is no better cat than Mia!"
+    'I love Mia, my red cat. All summer she licks my ball. "Oh, Mia!" '
+    "There is no better cat than Mia!"
 )
 WEEK = (
-    "Tom and Anna sing in the garden every Sunday. Tom reads with a lazy cat; Anna dances in an "
-    "orange coat. When Tom is ill, only Anna sings in the garden."
+    "Tom and Anna sing in the garden every Sunday. "
+    "When Tom is ill, only Anna sings in the garden."
 )
 KNOCK = (
-    'Knock, knock! "Who is it?" asked Ivy. "Tom! I have a blue cup and three sweet plums!" They '
-    'ate all three plums, and Ivy kept the cup. "Come again, Tom!"'
+    'Knock, knock! "Who is it?" asked Ivy. "Tom! I have three sweet plums!" '
+    'Ivy ate all three plums. "Come again, Tom!"'
 )
 SWAP = (
-    'Ben had a pink kite, but Uma had an orange hat. "Let\'s swap!" said Uma. Now Ben danced with '
-    "the orange hat, and Uma played with the pink kite."
+    'Ben had a kite, but Uma had an umbrella. "Let\'s swap!" said Uma. '
+    "Now Ben has the umbrella, and Uma has the kite."
 )
 BEASTS = (
-    'After lunch, a shy duck met an old hen on the hill. "I can dance!" said the duck. "I can '
-    'whistle!" cried the hen. So the hen slowly taught the duck to whistle.'
+    'After lunch, a shy duck met an old hen. "I can whistle!" said the duck. '
+    "So the duck slowly taught the hen to whistle."
 )
 SHOP = (
-    '"We need a hat, an umbrella and a coin," said Mia\'s uncle. Soon, Mia ran back with the '
-    'umbrella and the coin. "Oh no!" she cried. "I forgot the hat!"'
+    '"We need a hat and an umbrella," said Mia. '
+    'Soon, she ran back with the umbrella. "Oh no! I forgot the hat!"'
 )
 WET = (
-    "Sam and his old dog hoped to read on the beach, but it was too cold, so they baked a cake. "
-    "Later, the sun came out. The dog slept on, so Sam had to read on the beach alone."
+    "Sam and the dog hoped to read on the beach, but it was too cold. "
+    "Later, the sun came out. The dog skipped out to read on the beach."
 )
 STORY_OF = dict(
     zip(
@@ -296,80 +292,93 @@ MISSPELLED = [
 ]
 UNGRAMMATICAL = [
     (BOX, "an orange", "a orange"),
-    (BOX, "a blue", "an blue"),
+    (BOX, "an orange ball", "a ball orange"),
     (BOX, "he opened", "she opened"),
-    (LOST, "She looked", "He looked"),
+    (LOST, "She found", "He found"),
     (LOST, "lost her", "lost his"),
     (LOST, "an old sock", "a sock"),
+    (LOST, "an old", "a old"),
     (EATEN, "Her old", "His old"),
+    (EATEN, "nine muffins", "nine muffin"),
     (EATEN, "muffins are", "muffins is"),
     (EATEN, "three muffins", "three muffin"),
-    (GIFT, "gave them", "gave it"),
-    (GIFT, "four red leaves", "four red leaf"),
-    (GIFT, "he said", "she said"),
-    (FLOCK, "it hid", "they hid"),
+    (GIFT, "one leaf", "one leaves"),
+    (GIFT, "four leaves", "four leaf"),
     (FLOCK, "mice were", "mice was"),
     (FLOCK, "three mice", "three mouse"),
-    (COUNT, "two red coins", "two red coin"),
+    (COUNT, "two coins", "two coin"),
+    (COUNT, "three coins", "three coin"),
     (DREAM, "she dreamed", "he dreamed"),
     (PET, "she licks", "he licks"),
     (WEEK, "Anna sing ", "Anna sings "),
     (WEEK, "Anna sings", "Anna sing"),
-    (WEEK, "an orange coat", "a coat orange"),
     (KNOCK, "all three plums", "all three plum"),
-    (SWAP, "an orange", "a orange"),
+    (SWAP, "a kite", "an kite"),
+    (SWAP, "an umbrella", "a umbrella"),
     (BEASTS, "an old hen", "a old hen"),
-    (SHOP, "she cried", "he cried"),
-    (WET, "his old dog", "her old dog"),
+    (SHOP, "an umbrella", "a umbrella"),
+    (SHOP, "she ran", "he ran"),
+    (WET, "out to read", "out to reads"),
 ]
 FORGETFUL = [
     (BOX, "the orange ball.", "the orange hat."),
     (BOX, "the orange ball.", "the blue ball."),
     (BOX, "the orange ball.", "the blue hat."),
     (BOX, "opened the box", "opened the bag"),
-    (BOX, "a blue hat", "an orange hat"),  # the second colour should be new
-    (LOST, "looked on the shelf", "looked in the kitchen"),
-    (LOST, "and Ben was", "and Sam was"),
-    (LOST, "in the attic", "under the bed"),  # the second place should be new
+    (BOX, "said Tom", "said Kate"),  # he/she stays with the one named first
+    (LOST, "the red key", "the red hat"),
+    (LOST, "the red key", "the blue key"),
+    (LOST, "called Ben", "called Kate"),  # a friend is somebody else
     (EATEN, "cried Anna", "cried Tom"),  # he/she stays with the one named first
     (EATEN, "three muffins are", "three apples are"),
     (EATEN, "The owl", "The cat"),
-    (GIFT, "to Leo", "to Max"),
+    (GIFT, "Leo and Max", "Max and Leo"),
     (GIFT, "Max found", "Leo found"),  # a friend is somebody else
-    (GIFT, "red leaves", "blue leaves"),
+    (GIFT, "four leaves", "four shells"),
     (FLOCK, "three mice", "three sheep"),
-    (FLOCK, "were on the hill", "were in the garden"),
-    (COUNT, "two red coins", "two red shells"),
+    (FLOCK, "still on the hill", "still in the garden"),
+    (COUNT, "two coins", "two shells"),
+    (COUNT, "three coins", "three shells"),
     (COUNT, "my aunt!", "my uncle!"),
-    (DREAM, "of rain", "of snow"),
-    (DREAM, "of snow!", "of honey!"),  # each its first, or each its second
+    (DREAM, "of mud", "of snow"),
+    (DREAM, "of snow!", "of honey!"),
+    (DREAM, "loves snow", "loves mud"),  # the second joy should be new
     (PET, "Oh, Mia", "Oh, Zoe"),
     (PET, "better cat", "better dog"),
+    (PET, "than Mia", "than Zoe"),
     (WEEK, "only Anna", "only Tom"),
+    (WEEK, "Anna sings", "Anna reads"),
     (WEEK, "sings in the garden", "sings by the river"),
     (KNOCK, "all three", "all four"),
-    (KNOCK, "kept the cup", "kept the hat"),
-    (SWAP, "with the orange hat", "with the pink hat"),
-    (SWAP, "and Uma played", "and Ben played"),
+    (KNOCK, "three plums", "three buns"),
+    (KNOCK, "Ivy ate", "Tom ate"),
+    (KNOCK, "again, Tom", "again, Ivy"),
+    (SWAP, "has the umbrella", "has the kite"),
+    (SWAP, "and Uma has", "and Ben has"),
     (SWAP, "said Uma", "said Tom"),
-    (BEASTS, "taught the duck", "taught the hen"),
+    (SWAP, "had an umbrella", "had a kite"),  # the second thing should be new
+    (BEASTS, "taught the hen", "taught the duck"),
     (BEASTS, "to whistle", "to dance"),
+    (BEASTS, "an old hen", "an old duck"),  # the second beast should be new
+    (BEASTS, "an old hen", "a shy hen"),  # and the second nature
     (SHOP, "forgot the hat", "forgot the coin"),
-    (SHOP, "Mia ran", "Ivy ran"),
+    (SHOP, "with the umbrella", "with the hat"),
+    (SHOP, "and an umbrella", "and a hat"),  # the second thing should be new
     (WET, "The dog", "The cat"),
-    (WET, "had to read", "had to sing"),
+    (WET, "out to read", "out to sing"),
+    (WET, "on the beach.", "by the river."),
 ]
 MISCOUNTED = [
     (EATEN, "three muffins are", "four muffins are"),
     (EATEN, "three muffins are", "one muffin is"),
     (EATEN, "ate six", "ate eleven"),
-    (EATEN, "nine warm", "eight warm"),
-    (GIFT, "has four", "has five"),
+    (EATEN, "nine muffins", "eight muffins"),
+    (GIFT, "have four", "have five"),
     (GIFT, "found three", "found two"),
     (FLOCK, "three mice", "two mice"),
-    (FLOCK, "one, and it", "four, and they"),
+    (FLOCK, "one hid", "four hid"),
     (COUNT, "makes three", "makes two"),
-    (COUNT, "two red coins", "one red coin"),
+    (COUNT, "two coins", "one coin"),
 ]
 
 
