@@ -60,13 +60,9 @@ lint: $(STAMP)
 corpus: $(STAMP)
 	$(RUN) data/make_tiny_corpus.py
 
-# The model that pages load. Checkpoints of a run hold the optimiser too; what ships is the model alone.
+# The model that pages load, and the diary of its training.
 model: $(STAMP)
-	rm -rf runs/model
-	$(RUN) tinygpt_helpers.py train --out runs/model --steps 6000 --batch-size 8 --max-len 256 --d-model 128 --n-heads 4 \
-	  --n-layers 3 --lr 0.003 --eval-every 500
-	$(RUN) -c "from tinygpt_helpers import load_checkpoint, save_checkpoint; c = load_checkpoint('runs/model/best.pt'); \
-	  save_checkpoint('data/tiny_model.pt', c['model'], step=c['step'], tokenizer=c['tokenizer'], history=c['history'])"
+	$(RUN) data/make_tiny_model.py
 
 picture: $(STAMP)
 	$(RUN) tests/picture.py

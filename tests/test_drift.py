@@ -1,6 +1,7 @@
 """The pages build the module: what a cell tagged `final` defines is the module's, word for word."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def definitions(source, where):
     return found, findings
 
 
+def join_parts(cells):
+    """The final cells of a page, with a class that is written in parts made whole again.
+
+    A long class goes on in a later cell under the header `class NAME(NAME):  # goes on`; the
+    methods below it belong after those that stand in the first part, one blank line between.
+    """
+    whole = []
+    for cell in cells:
+        header, _, methods = cell.partition("\n")
+        part = re.fullmatch(r"class (\w+)\(\1\):  # goes on", header)
+        firsts = [i for i, c in enumerate(whole) if part and f"class {part[1]}:" in c.splitlines()]
+        if firsts and whole[firsts[-1]].rstrip().splitlines()[-1].startswith(" "):
+            whole[firsts[-1]] = whole[firsts[-1]].rstrip() + "\n\n" + methods.rstrip()
+        else:
+            whole.append(cell)
+    return whole
+
+
 def drift(module, pages):
     """All differences between the module's source and the pages' final cells.
 
@@ -62,7 +81,7 @@ def drift(module, pages):
     built, module_findings = definitions(module, "the module")
     findings, home = list(module_findings), {}
     for page, cells in pages.items():
-        for cell in cells:
+        for cell in join_parts(cells):
             in_cell, cell_findings = definitions(cell, f"{page}, a final cell")
             findings += cell_findings
             for name, (node, text) in in_cell.items():
@@ -220,3 +239,29 @@ def test_drift_is_found(pages, expected):
 def test_drift_in_the_module_is_found(old, new, expected):
     findings = drift(GOOD_MODULE.replace(old, new), GOOD_PAGES)
     assert any(expected in finding for finding in findings), findings
+
+
+LONG_MODULE = GOOD_MODULE.replace(
+    "side: int = 2\n", "side: int = 2\n\n    def area(self):\n        return self.side**2\n"
+)
+PART = "class Box(Box):  # goes on\n    def area(self):\n        return self.side**2"
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (PART, None),
+        (PART.replace("side**2", "side * 2"), "Box differs"),
+        (PART.replace("        return", "        # the square\n        return"), "Box: comments"),
+        (PART.replace("  # goes on", ""), "Box is built on 02_b and again on 02_b"),
+        (PART.replace("Box", "Crate"), "Crate, which the module does not have"),
+        ("", "Box differs"),
+    ],
+)
+def test_a_class_in_parts_is_compared_as_a_whole(part, expected):
+    pages = GOOD_PAGES | {"02_b": GOOD_PAGES["02_b"] + [part]}
+    findings = drift(LONG_MODULE, pages)
+    if expected is None:
+        assert findings == []
+    else:
+        assert any(expected in finding for finding in findings), findings

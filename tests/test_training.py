@@ -568,7 +568,7 @@ def test_a_resumed_run_measures_nothing_twice(tmp_path):
 def test_the_best_model_outlives_a_stop_between_the_two_files(tmp_path, monkeypatch):
     """The machine stops after one of the two files of step 5, the best so far."""
     script = iter([3.0, 1.0, 1.0, 2.0, 2.5])
-    monkeypatch.setattr(helpers, "evaluate", lambda *args: next(script))
+    monkeypatch.setattr(helpers, "evaluate", lambda *args, **kwargs: next(script))
     save, count = helpers.save_checkpoint, []
 
     def stopping(*args, **options):
