@@ -10,6 +10,7 @@ one of medians over interleaved repetitions, so that a slow minute falls on both
 import argparse
 import math
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from tinygpt_helpers import (  # noqa: E402
     CharTokenizer,
+    Engine,
     NextTokenDataset,
     TinyGPT,
     evaluate,
@@ -185,6 +187,110 @@ def generation(quick):
                f"{new / slow:.0f} tokens/s, no cache", slow / fast, "")
 
 
+def transformers(quick):
+    """One request: generate against page 05's loop, and against Hugging Face's with its cache."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        print("  Hugging Face is left out: `pip install transformers` brings it in")
+        GPT2LMHeadModel = None
+    torch.manual_seed(0)
+    for end, aim in [(512, "8 or more"), (1024, "20 or more")][: 1 if quick else 2]:
+        model, prompt = TinyGPT(65, 128, 4, 4, max_len=end).eval(), torch.randint(65, (1, 8))
+
+        def ours(use_cache=True, model=model, prompt=prompt, new=end - 8):
+            return generate(model, prompt, new, temperature=0, use_cache=use_cache)
+
+        new = end - 8
+        fast, slow = compare(ours, lambda: ours(False), 1 if quick else 5)  # noqa: B023
+        yield (f"one request, 8 + {new} tokens", f"{new / fast:,.0f} tokens/s",
+               f"{new / slow:,.0f}, page 05's loop", slow / fast, aim)
+        if GPT2LMHeadModel:
+            config = GPT2Config(vocab_size=65, n_positions=end, n_embd=128, n_layer=4, n_head=4,
+                                bos_token_id=0, eos_token_id=None)
+            theirs = GPT2LMHeadModel(config).eval()
+
+            def hugging_face(theirs=theirs, prompt=prompt, new=new):
+                out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt),
+                                      min_new_tokens=new, max_new_tokens=new, do_sample=False,
+                                      use_cache=True, pad_token_id=0)
+                assert out.shape == (1, 8 + new)
+
+            fast, slow = compare(ours, hugging_face, 1 if quick else 5)
+            yield (f"one request, 8 + {new} tokens", f"{new / fast:,.0f} tokens/s",
+                   f"{new / slow:,.0f}, transformers", slow / fast,
+                   "3 or more" if end == 512 else "")
+
+
+# ---------------------------------------------------------------- serving
+
+
+def serve(engine, requests, static=False, watch=None):
+    """Serve `[(arrival in seconds, prompt, new tokens), ...]`; return when all is done.
+
+    The clock advances by what each step takes and jumps over the time in which there is nothing to
+    do. static: nobody is let in before all of the last batch are done. (A row that is done costs
+    nothing meanwhile: that flatters static batching.)
+    """
+    coming, now = list(requests), 0.0
+    while coming or engine.queue or engine.running:
+        idle = not engine.queue and not engine.running
+        if idle:
+            now = max(now, coming[0][0])
+        while coming and coming[0][0] <= now and (idle or not static):
+            _, prompt, n = coming.pop(0)
+            engine.submit(prompt, n, temperature=0)
+            if static and len(engine.queue) == engine.max_batch:
+                break
+        began = time.perf_counter()
+        engine.step()
+        now += time.perf_counter() - began
+        if watch:
+            watch(engine)
+    return now
+
+
+def serving(quick):
+    """64 requests of 5 to 100 + 10 to 120 tokens arrive over time; engine of 16 seats."""
+    torch.manual_seed(0)
+    model, dice = TinyGPT(65, 128, 4, 4, max_len=256).eval(), random.Random(0)
+    n, repetitions = (16, 1) if quick else (64, 3)
+    began = time.perf_counter()
+    generate(model, torch.zeros(1, 1, dtype=torch.long), 50)
+    gap = 4 * (time.perf_counter() - began) / 50  # four tokens' time between two arrivals
+    requests, at = [], 0.0
+    for _ in range(n):
+        prompt = torch.randint(65, (dice.randint(5, 100),)).tolist()
+        requests.append((at, prompt, dice.randint(10, 120)))
+        at += dice.expovariate(1 / gap)
+    kinds = {"continuous": (16, False), "static batches": (16, True),
+             "one after another": (1, False)}
+    ends = {kind: [] for kind in kinds}
+    for i in range(repetitions + 1):
+        for kind, (seats, static) in kinds.items():
+            end = serve(Engine(model, max_batch=seats, n_pages=256), requests, static)
+            if i:  # the first round only warms up
+                ends[kind].append(end)
+    tokens = sum(new for _, _, new in requests)
+    speed = {kind: tokens / statistics.median(times) for kind, times in ends.items()}
+    for kind in list(kinds)[1:]:
+        yield (f"serving {n} requests, {tokens:,} new tokens",
+               f"{speed['continuous']:,.0f} tokens/s, continuous", f"{speed[kind]:,.0f}, {kind}",
+               speed["continuous"] / speed[kind], "")
+    paged, reserved = [], []
+
+    def watch(engine):
+        if engine.running:
+            stats, held = engine.stats, sum(r.n_read for r in engine.running)
+            paged.append(stats["unused slots"] / (16 * stats["used pages"]))
+            reserved.append(1 - held / (model.max_len * len(engine.running)))
+
+    serve(Engine(model, max_batch=16, n_pages=256), requests, watch=watch)
+    one, two = statistics.mean(paged), statistics.mean(reserved)
+    yield ("memory reserved but unused, mean of all steps", f"{one:.1%}, pages of 16",
+           f"{two:.1%}, max_len for each", two / one, "")
+
+
 # ---------------------------------------------------------------- how well a model learns
 
 
@@ -223,7 +329,8 @@ def shakespeare(quick, lr=6e-3):
            "1.82 or less" if not quick else "")
 
 
-BENCHES = {f.__name__: f for f in (batches, training, generation, shakespeare)}
+BENCHES = {f.__name__: f for f in (batches, training, generation, transformers, serving,
+                                       shakespeare)}
 
 
 def main():

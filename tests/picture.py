@@ -3,6 +3,7 @@
     make picture        # or: python tests/picture.py
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def sharpest_head(rows, far):
 
 def main():
     state = load_checkpoint(ROOT / "data" / "tiny_model.pt")
-    model, tokenizer, history = state["model"].eval(), state["tokenizer"], state["history"]
+    model, tokenizer = state["model"].eval(), state["tokenizer"]
+    diary = json.loads((ROOT / "data" / "tiny_model.json").read_text(encoding="utf-8"))
     val_text = split_corpus(load_corpus(), by_line=True)[1]
     story = min((s for s in val_text.splitlines() if " put " in s and s.endswith(".")), key=len)
     text = "\n" + story
@@ -41,11 +43,11 @@ def main():
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained",
                                           height_ratios=[1, 1.1])
-    losses = torch.tensor(history["train_loss"])
+    losses = torch.tensor(diary["train_loss"])
     above.plot(losses, color="C0", alpha=0.25, linewidth=0.6)
     smooth = losses.unfold(0, 50, 1).mean(1)
     above.plot(range(49, len(losses)), smooth, color="C0", label="training")
-    above.plot(history["val_step"], history["val_loss"], "o--", color="C1", label="validation")
+    above.plot(diary["step"], diary["story_loss"], "o--", color="C1", label="validation")
     bound = floor(val_text)
     above.axhline(bound, color="black", linestyle=":", label=f"floor of the text, {bound:.2f}")
     above.set(xlabel="step", ylabel="loss (nats per character)", ylim=(0, None),
