@@ -10,6 +10,7 @@ B (batch), T (tokens in a window), C (d_model, the width of the model), V (vocab
 """
 
 import argparse
+import collections
 import copy
 import hashlib
 import http.client
@@ -23,6 +24,9 @@ import sys
 import textwrap
 import time
 import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -228,17 +232,19 @@ class NextTokenDataset(torch.utils.data.Dataset):
         return window[:-1], window[1:]
 
 
-def sample_batch(ids, block_size, batch_size, generator=None):
+def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
     """Return `batch_size` windows at random places, `(x, y)`, both `(B, T)` int64.
 
     The same pairs as NextTokenDataset's, with replacement, and no Python for each window.
-    ids: 1-D int64 tensor. ValueError if it is too short for one window. (Page 02.)
+    ids: 1-D int64 tensor. starts: where windows may begin, 1-D int64 (None: anywhere).
+    ValueError if `ids` is too short for one window. (Page 02.)
     """
     if len(ids) < block_size + 1:
         raise ValueError(f"{len(ids)} tokens are too few for one window: block_size {block_size} "
                          f"needs {block_size + 1}")
-    starts = torch.randint(len(ids) - block_size, (batch_size,), generator=generator)
-    windows = ids.unfold(0, block_size + 1, 1)[starts.to(ids.device)]  # (B, T + 1)
+    places = len(ids) - block_size if starts is None else len(starts)
+    at = torch.randint(places, (batch_size,), generator=generator).to(ids.device)
+    windows = ids.unfold(0, block_size + 1, 1)[at if starts is None else starts[at]]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -601,15 +607,15 @@ def start_run(model, lr, seed=0, resume=None):
     return optimizer, generator, copy.deepcopy(resume["history"])
 
 
-def validate_and_save(model, val_ids, history, step, out=None, **state):
-    """Measure the validation loss, add it to `history`, and save last.pt and, if best, best.pt.
+def validate_and_save(model, validate, history, step, out=None, **state):
+    """Add validate(model) to `history` as the validation loss; save last.pt and, if best, best.pt.
 
     out: the folder, or None to save nothing; state: what save_checkpoint takes beside. Raises
     FloatingPointError, with the files left as they were, if the loss is not finite. (Page 04.)
     """
     if step in history["val_step"]:  # measured just before the run was paused
         return
-    loss = evaluate(model, val_ids)
+    loss = validate(model)
     if not math.isfinite(loss):
         raise FloatingPointError(f"step {step}: the validation loss is {loss}")
     history["val_step"].append(step)
@@ -621,18 +627,18 @@ def validate_and_save(model, val_ids, history, step, out=None, **state):
 
 
 def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_size=None,
-          eval_every=200, max_seconds=math.inf, stop_at=None, out=None, tokenizer=None,
-          resume=None, seed=0, on_eval=lambda history: None):
+          starts=None, validate=None, eval_every=200, max_seconds=math.inf, stop_at=None,
+          out=None, tokenizer=None, resume=None, seed=0, on_eval=lambda history: None):
     """Train; return the history: {"train_loss": [...], "val_step": [...], "val_loss": [...]}.
 
-    Every `eval_every` steps and at the end: validate_and_save, then on_eval(history). The learning
-    rate falls to zero over `steps` or `max_seconds`, whichever ends first; `stop_at` pauses before
-    that step; `resume` (a loaded checkpoint) goes on, its seconds counted anew. FloatingPointError
-    if the loss is not finite; the last good files stay. block_size: max_len if None. (Page 04.)
+    Every `eval_every` steps: validate_and_save (None: evaluate on val_ids), on_eval(history). The
+    learning rate falls to zero over `steps` or `max_seconds`; `stop_at` pauses before that step;
+    `resume` (a loaded checkpoint) goes on. FloatingPointError if the loss is not finite; the last
+    files stay. starts: see sample_batch. (Page 04.)
     """
+    validate = validate or partial(evaluate, ids=val_ids)
     if not min(steps, batch_size, eval_every, max_seconds) > 0:
-        raise ValueError(f"steps is {steps}, batch_size is {batch_size}, eval_every is {eval_every}"
-                         f", max_seconds is {max_seconds}; each must be above 0")
+        raise ValueError(f"{steps=}, {batch_size=}, {eval_every=}, {max_seconds=}: all must be > 0")
     optimizer, generator, history = start_run(model, lr, seed, resume)
     state = dict(out=out, optimizer=optimizer, tokenizer=tokenizer, generator=generator)
     T, device = block_size or model.max_len, next(model.parameters()).device
@@ -642,12 +648,12 @@ def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_s
         progress = max(step / steps, (time.perf_counter() - began) / max_seconds)
         last = progress >= 1 or step == stop_at
         if last or step % eval_every == 0:
-            validate_and_save(model, val_ids, history, step, **state)
+            validate_and_save(model, validate, history, step, **state)
             on_eval(history)
         bar.update(step, describe(history), last)
         if last:
             return history
-        x, y = sample_batch(train_ids, T, batch_size, generator)
+        x, y = sample_batch(train_ids, T, batch_size, generator, starts)
         x, y, rate = x.to(device), y.to(device), learning_rate(progress, lr)
         history["train_loss"].append(train_step(model, optimizer, x, y, rate, step))
 
@@ -748,16 +754,17 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     try:
         for t in range(T, T + max_new_tokens):
             probs = next_token_probs(read(text[:, :t]), temperature, top_k, top_p)
-            text[~done, t] = draw(probs, generator)[~done]
-            done |= text[:, t] == (-1 if stop_id is None else stop_id)
-            if done.all():
-                break
+            text[:, t] = torch.where(done, text[:, t], draw(probs, generator))
+            if stop_id is not None:
+                done |= text[:, t] == stop_id
+                if done.all():
+                    break
     finally:
         model.train(training)
     return text
 
 
-def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0, max_chars=240):
+def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0, max_chars=180):
     """Return `n` stories as strings: what the model writes from a line's start to its end.
 
     Each begins with `prompt`; one without an end after `max_chars` more characters is cut there.
@@ -860,21 +867,25 @@ def train_command(args):
     """Train as the command line asks; keep checkpoints and the plot in one folder. (Page 05.)"""
     out, device, tokenizer, model, train_ids, val_ids, resume = open_run(args)
     n, V = sum(p.numel() for p in model.parameters()), tokenizer.vocab_size
+    starts = validate = floor = None
+    if args.corpus == "tiny":  # windows begin with a story; whole stories are what is judged
+        starts = (train_ids[: -model.max_len] == tokenizer.stoi["\n"]).nonzero().squeeze(1)
+        val_text = tokenizer.decode(val_ids.tolist())
+        floor = corpus_tools().floor(val_text)
+        validate = partial(story_loss, tokenizer=tokenizer, text=val_text)
     print(f"{len(train_ids):,} characters to learn from, {len(val_ids):,} to test on, {V} kinds.\n"
           f"A model of {n:,} weights, on {device}. A blind guess costs ln {V} = {math.log(V):.2f} "
           "nats a character.\n")
     try:
         history = train(
             model, train_ids, val_ids, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
-            eval_every=args.eval_every, max_seconds=args.max_seconds, stop_at=args.stop_at,
-            out=out, tokenizer=tokenizer, resume=resume, seed=args.seed)
+            starts=starts, validate=validate, eval_every=args.eval_every,
+            max_seconds=args.max_seconds, stop_at=args.stop_at, out=out, tokenizer=tokenizer,
+            resume=resume, seed=args.seed)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. {out / 'last.pt'} has all up to the last validation; go on with\n  "
                  f"python tinygpt_helpers.py {args.again} --resume --out {shlex.quote(str(out))}")
-    floor = None
-    if args.corpus == "tiny":
-        val_text = tokenizer.decode(val_ids.tolist())
-        floor = corpus_tools().floor(val_text)
+    if floor:
         report(model, tokenizer, val_text)
     plot_loss(history, floor).savefig(out / "loss.png", dpi=150)
     hint = ' --prompt "I love "' if args.corpus == "tiny" else ""  # another text may have no "I"
@@ -900,15 +911,15 @@ def generate_command(args):
 
 TRAIN_OPTIONS = {  # name: (value if not given, what it is)
     "corpus": ("tiny", "'tiny', 'shakespeare' or the path of your own UTF-8 text file"),
-    "steps": (2900, "how many batches to learn from"),
-    "batch-size": (6, "windows in a batch"),
-    "max-len": (192, "how far the model can look back, in characters"),
+    "steps": (1700, "how many batches to learn from"),
+    "batch-size": (14, "windows in a batch"),
+    "max-len": (144, "how far the model can look back, in characters"),
     "d-model": (96, "the width of the model"),
     "n-heads": (3, "attention heads in each layer"),
     "n-layers": (2, "how many blocks are stacked"),
     "dropout": (0.0, "the share of activations left out while training"),
-    "lr": (5e-3, "the highest learning rate"),
-    "eval-every": (900, "steps from one validation, and checkpoint, to the next"),
+    "lr": (7e-3, "the highest learning rate"),
+    "eval-every": (500, "steps from one validation, and checkpoint, to the next"),
     "max-seconds": (math.inf, "end after about so many seconds"),
     "seed": (0, "another number gives another start and other batches"),
 }
@@ -954,6 +965,66 @@ def main(argv=None):
         sys.exit(f"error: {error}")
 
 
+# ---------------------------------------------------------------- page 06: looking inside
+
+
+def head_scores(weights, targets):
+    """Return how well each head does a job, `(n_layers, n_heads)`, from 0 to 1. (Page 06.)
+
+    weights: `(n_layers, B, n_heads, T, T)`, as a model returns them. targets: `(B, T, T)` bool,
+    True where the character of the column is what the job asks the row's to look at. The score
+    is the weight on these, averaged over the rows that have any; ValueError if no row has.
+    """
+    if targets.dtype != torch.bool or targets.shape != weights[0, :, 0].shape:
+        raise ValueError(f"targets must be {tuple(weights[0, :, 0].shape)} bool, to fit the "
+                         f"weights, not {tuple(targets.shape)} {targets.dtype}")
+    rows = targets.any(-1)  # (B, T)
+    if not rows.any():
+        raise ValueError("targets is False everywhere: no position has anything to look at")
+    hits = (weights * targets[:, None]).sum(-1).transpose(1, 2)  # (n_layers, n_heads, B, T)
+    return hits[:, :, rows].mean(-1)
+
+
+@contextmanager
+def ablate(model, heads):
+    """Knock heads out inside a `with` block: nothing that they gather gets through. (Page 06.)
+
+    heads: pairs (layer, head). Their columns of `proj` are zero meanwhile, for all that the model
+    does: reading, writing, with a cache or without. It is whole again afterwards, also after an
+    error. ValueError if it has no such head. Michel et al. 2019 knock heads out like this.
+    """
+    n_layers, n_heads = model.config["n_layers"], model.config["n_heads"]
+    heads, d_head = list(heads), model.config["d_model"] // n_heads
+    for layer, head in heads:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise ValueError(f"there is no head {head} in layer {layer}: the model has layers 0 "
+                             f"to {n_layers - 1} of heads 0 to {n_heads - 1}")
+    weights = [block.attention.proj.weight.data for block in model.blocks]  # each (C, C)
+    kept = [weight.clone() for weight in weights]
+    try:
+        for layer, head in heads:
+            weights[layer][:, head * d_head : (head + 1) * d_head] = 0
+        yield
+    finally:
+        for weight, whole in zip(weights, kept):
+            weight.copy_(whole)
+
+
+@torch.no_grad()
+def logit_lens(model, idx):
+    """Return the logits that each layer would give, `(n_layers + 1, B, T, V)`. (Page 06.)
+
+    Entry 0 reads the embeddings, entry n what stands in the residual stream after n blocks; the
+    last is `model(idx)`. For a model in eval mode; raises what the model raises for ids that it
+    cannot read. nostalgebraist 2020, "interpreting GPT: the logit lens".
+    """
+    check_ids(idx, model.vocab_size, model.max_len)
+    stream = [model.tokens(idx) + model.positions.weight[: idx.size(1)]]
+    for block in model.blocks:
+        stream.append(block(stream[-1])[0])
+    return model.head(model.norm(torch.stack(stream)))
+
+
 # ---------------------------------------------------------------- page 07: the KV cache
 
 
@@ -970,9 +1041,10 @@ class KVCache:
                  c["d_model"] // c["n_heads"])
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
         self.length = 0
+        self.layers = [list(block.parameters()) for block in model.blocks]  # looked up only once
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def forward_cached(model, idx, cache):
     """Read the new tokens idx `(B, T)` after those in `cache`; return logits `(B, T, V)`.
 
@@ -980,22 +1052,25 @@ def forward_cached(model, idx, cache):
     cache grows by T. For a model in eval mode. ValueError if it would pass max_len. (Page 07.)
     """
     check_ids(idx, model.vocab_size, model.max_len)
-    T, start = idx.size(1), cache.length
+    (B, T), start = idx.shape, cache.length
     end = start + T
     if end > model.max_len:
         raise ValueError(f"{T} tokens after the {start} in the cache would pass max_len = "
                          f"{model.max_len}: only {model.max_len - start} more fit")
     # token i of the chunk stands at start + i and sees every position up to itself
     mask = torch.ones(T, end, dtype=torch.bool, device=idx.device).tril(start) if T > 1 else None
-    x = model.tokens(idx) + model.positions.weight[start:end]
-    for block, k_cache, v_cache in zip(model.blocks, cache.k, cache.v):
-        q, k, v = block.attention.split_heads(block.norm1(x))
+    x = (model.tokens.weight[idx] + model.positions.weight[start:end]).flatten(0, 1)  # (B * T, C)
+    for (gain1, bias1, qkv, proj, gain2, bias2, up, down), k_cache, v_cache in zip(
+            cache.layers, cache.k, cache.v):
+        y = F.linear(F.layer_norm(x, x.shape[1:], gain1, bias1), qkv)  # (B * T, 3 C)
+        q, k, v = y.view(B, T, 3, k_cache.size(1), -1).permute(2, 0, 3, 1, 4)
         k_cache[:, :, start:end], v_cache[:, :, start:end] = k, v
         y = F.scaled_dot_product_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
-        x = x + block.attention.proj(y.transpose(1, 2).reshape(x.shape))
-        x = x + block.mlp(block.norm2(x))
+        x = torch.addmm(x, y.transpose(1, 2).reshape(x.shape), proj.t())  # x + y @ proj.t()
+        y = F.gelu(F.linear(F.layer_norm(x, x.shape[1:], gain2, bias2), up))
+        x = torch.addmm(x, y, down.t())
     cache.length = end
-    return model.head(model.norm(x))
+    return model.head(model.norm(x)).view(B, T, -1)
 
 
 def cached_reader(model):
@@ -1015,6 +1090,288 @@ def cached_reader(model):
         return forward_cached(model, text[:, cache.length :], cache)[:, -1]
 
     return read
+
+
+# ---------------------------------------------------------------- page 08: serving
+
+
+class PagePool:
+    """Memory for keys and values in pages of `page_size` tokens, lent out on demand. (Page 08.)
+
+    kv: `(n_layers, n_pages, page_size, 2 C)`, a token's key and value side by side. A page may have
+    several users; one without a user is free, but what it holds can still be found until it is
+    lent again. Kwon et al. 2023 (PagedAttention), section 4.
+    """
+
+    def __init__(self, model, n_pages, page_size):
+        c, weight = model.config, model.head.weight
+        self.page_size = page_size
+        self.kv = weight.new_zeros(c["n_layers"], n_pages, page_size, 2 * c["d_model"])
+        self.users = [0] * n_pages
+        self.free = dict.fromkeys(range(n_pages))  # an ordered set: the longest unused comes first
+        self.known = {}  # page -> (the page before it in its text or None, the tokens it holds)
+        self.after = {}  # page or None -> the known pages that go on from it
+
+    def take(self):
+        """Lend the page that has been free the longest to one user; what it held is forgotten."""
+        page = next(iter(self.free))
+        self.forget(page)
+        return self.share(page)
+
+    def share(self, page):
+        """Add one user to a page."""
+        self.free.pop(page, None)
+        self.users[page] += 1
+        return page
+
+    def release(self, pages):
+        """Take one user from each page, the last page first: beginnings stay known the longest."""
+        for page in reversed(pages):
+            self.users[page] -= 1
+            if self.users[page] == 0:
+                self.free[page] = None
+
+    def remember(self, before, page, tokens):
+        """Note that `page`, which follows the page `before` (None: none), holds `tokens`."""
+        self.known[page] = (before, tokens)
+        self.after.setdefault(before, {})[page] = None
+
+    def forget(self, page):
+        """Forget what a page holds, and with it all that was known to go on from it."""
+        gone = [page]
+        for page in gone:  # the list grows while it is read
+            gone += self.after.pop(page, ())
+            before, _ = self.known.pop(page, (None, None))
+            self.after.get(before, {}).pop(page, None)
+
+    def find(self, text):
+        """Return `(pages, n)`: known pages that hold the first n tokens of `text`, n the most."""
+        pages, n, size = [], 0, self.page_size
+        while n == len(pages) * size:  # all pages so far are full
+            alike = {page: len(os.path.commonprefix([self.known[page][1], text[n : n + size]]))
+                     for page in self.after.get(pages[-1] if pages else None, ())}
+            best = max(alike, key=alike.get, default=None)
+            if not alike.get(best):
+                break
+            n += alike[best]
+            pages.append(best)
+        return pages, n
+
+
+@torch.no_grad()
+def forward_paged(model, idx, starts, tables, pool):
+    """Read idx `(B, T)`, row b at positions starts[b] ... starts[b] + T - 1; logits `(B, T, V)`.
+
+    starts: `(B,)`. tables: `(B, P)`, the pages of each row's text in order, filled up with any
+    page: what lies beyond a row's own tokens is masked. For a model in eval mode. (Page 08.)
+    """
+    (B, T), size, H = idx.shape, pool.page_size, model.config["n_heads"]
+    positions = starts[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+    pages, slots = tables.gather(1, positions // size), positions % size
+    seen = torch.arange(tables.size(1) * size, device=idx.device) <= positions[:, None, :, None]
+    x = model.tokens(idx) + model.positions(positions)  # (B, T, C)
+    for block, memory in zip(model.blocks, pool.kv):
+        q, kv = block.attention.qkv(block.norm1(x)).split([x.size(-1), 2 * x.size(-1)], dim=-1)
+        memory[pages, slots] = kv
+        past = memory.index_select(0, tables.flatten())  # (B * P, size, 2C)
+        k, v = past.view(B, -1, 2, H, q.size(-1) // H).permute(2, 0, 3, 1, 4)
+        q = q.view(B, T, H, -1).transpose(1, 2)  # (B, H, T, d_head); k, v: (B, H, P * size, d_head)
+        y = F.scaled_dot_product_attention(q, k, v, seen)
+        x = x + block.attention.proj(y.transpose(1, 2).reshape(x.shape))
+        x = x + block.mlp(block.norm2(x))
+    return model.head(model.norm(x))
+
+
+@dataclass(eq=False)
+class Request:
+    """One text that the engine writes: what was asked for, and how far it is. (Page 08.)"""
+
+    id: int
+    text: list  # the prompt, then what was written
+    n_prompt: int
+    max_new_tokens: int
+    sampling: tuple  # temperature, top_k, top_p
+    generator: torch.Generator
+    stop_ids: frozenset
+    pages: list = field(default_factory=list)
+    n_read: int = 0  # how many tokens of the text have their keys and values in the pages
+    state: str = "queued"  # then prefill, decode, done; preempted: queued for the second time
+
+
+class Engine:
+    """Serve many requests with one model, token by token. (Page 08.)
+
+    Each step reads one more token of every text that is being written, and at most chunk_size
+    tokens of prompts (chunked prefill). Requests join and leave between steps (continuous
+    batching). Keys and values lie in n_pages pages of page_size tokens; requests that begin alike
+    share pages until one writes (copy-on-write); when pages run out, the youngest request gives
+    its back and is read again later (preemption by recomputation). It knows ids, not text.
+    """
+
+    def __init__(self, model, max_batch=8, page_size=16, n_pages=64, chunk_size=64, max_queue=1000,
+                 sharing=True):
+        if min(max_batch, page_size, n_pages, chunk_size, max_queue) < 1:
+            raise ValueError(f"max_batch {max_batch}, page_size {page_size}, n_pages {n_pages}, "
+                             f"chunk_size {chunk_size}, max_queue {max_queue}: each at least 1")
+        self.model, self.pool = model.eval(), PagePool(model, n_pages, page_size)
+        self.max_batch, self.chunk_size, self.max_queue = max_batch, chunk_size, max_queue
+        self.sharing, self.next_id, self.counts = sharing, 1, collections.Counter()
+        self.queue, self.running, self.finished = collections.deque(), [], {}  # by age
+
+    def submit(self, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
+               stop_ids=()):
+        """Queue a request and return its id. It ends after max_new_tokens or with a stop id.
+
+        The same ids as `generate` draws with a generator of this seed, whoever else is served.
+        ValueError for what could never be served; RuntimeError if the queue is full.
+        """
+        if any(isinstance(i, (str, float)) for i in [*prompt_ids, *stop_ids]):
+            raise ValueError("prompt_ids and stop_ids must be whole numbers: encode the text first")
+        text, model = [int(i) for i in prompt_ids], self.model
+        check_ids(torch.tensor([text], dtype=torch.long), model.vocab_size, model.max_len)
+        next_token_probs(torch.zeros(1, model.vocab_size), temperature, top_k, top_p)
+        room = min(len(self.pool.users) * self.pool.page_size, model.max_len)
+        if not 1 <= max_new_tokens <= room - len(text) + 1:  # the last token is never read
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; after a prompt of {len(text)}, "
+                             f"1 to {room - len(text) + 1} fit: max_len and pages hold {room}")
+        if len(self.queue) >= self.max_queue:
+            raise RuntimeError(f"the queue is full: {len(self.queue)} requests wait; try later")
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        request = Request(self.next_id, text, len(text), max_new_tokens,
+                          (temperature, top_k, top_p), generator, frozenset(map(int, stop_ids)))
+        self.queue.append(request)
+        self.next_id += 1
+        return request.id
+
+    def cancel(self, request_id):
+        """End a request now and return the ids it has written; ValueError if it is not there."""
+        for request in [*self.queue, *self.running]:
+            if request.id == request_id:
+                self.leave(request, "cancelled")
+                return request.text[request.n_prompt :]
+        raise ValueError(f"request {request_id} neither waits nor runs: it is unknown or done")
+
+    def leave(self, request, state):
+        """Take a request out of the queue or the batch; its pages are free again."""
+        (self.running if request in self.running else self.queue).remove(request)
+        self.pool.release(request.pages)
+        request.pages, request.n_read, request.state = [], 0, state
+        self.counts[state] += 1
+
+    def admit(self):
+        """Move requests from the queue into the batch while there are seats and pages for them."""
+        pool = self.pool
+        while self.queue and len(self.running) < self.max_batch:
+            request = self.queue[0]
+            pages, n = pool.find(request.text[:-1])
+            needed = -(-len(request.text) // pool.page_size) - len(pages)
+            if needed > len(pool.free) - sum(pool.users[page] == 0 for page in pages):
+                break
+            self.running.append(self.queue.popleft())
+            request.pages, request.n_read = [pool.share(page) for page in pages], n
+            request.state = "prefill"
+            self.counts["tokens shared"] += n
+
+    def make_room(self, request, n):
+        """Give a request pages of its own for its next n tokens; False if it had to stand back."""
+        pool, pages, size = self.pool, request.pages, self.pool.page_size
+        for i in range(request.n_read // size, -(-(request.n_read + n) // size)):
+            while i == len(pages) or pool.users[pages[i]] > 1:  # missing, or others read it too
+                if not pool.free:
+                    youngest = self.running[-1]
+                    self.leave(youngest, "preempted")
+                    self.queue.appendleft(youngest)
+                    if youngest is request:
+                        return False
+                    continue
+                page = pool.take()
+                if i < len(pages):  # copy on write
+                    pool.kv[:, page] = pool.kv[:, pages[i]]
+                    pool.release([pages[i]])
+                    self.counts["pages copied"] += 1
+                pages[i : i + 1] = [page]
+            if len(pool.known.get(pages[i], (0, ()))[1]) > max(0, request.n_read - i * size):
+                pool.forget(pages[i])  # what it was known to hold is about to be written over
+        return True
+
+    def step(self):
+        """Admit, read, draw: return the new tokens, `[(request id, token), ...]`."""
+        self.admit()
+        budget, plan, written = self.chunk_size, {}, []
+        for request in list(self.running):
+            if request.state == "preempted":  # by an older one; so are all that follow
+                break
+            todo = len(request.text) - request.n_read
+            n = 1 if todo == 1 else min(todo, budget)
+            if n and self.make_room(request, n):
+                budget -= n if todo > 1 else 0
+                plan.setdefault(n, []).append(request)
+        for n, requests in plan.items():
+            logits = self.read(requests, n)
+            ready = [row for row, r in enumerate(requests) if r.n_read == len(r.text)]
+            written += self.write([requests[row] for row in ready], logits[ready])
+        self.counts["steps"] += 1
+        return written
+
+    def read(self, requests, n):
+        """Read the next n tokens of each request; return the logits `(B, V)` after the last."""
+        pool, size = self.pool, self.pool.page_size
+        width = max(len(r.pages) for r in requests)
+        tables = [r.pages + [0] * (width - len(r.pages)) for r in requests]
+        rows = [r.text[r.n_read : r.n_read + n] for r in requests]
+        idx, starts, tables = (torch.tensor(part, device=pool.kv.device) for part in
+                               (rows, [r.n_read for r in requests], tables))
+        logits = forward_paged(self.model, idx, starts, tables, pool)
+        for r in requests:
+            r.n_read += n
+            touched = range((r.n_read - n) // size, -(-r.n_read // size))
+            for i in touched if self.sharing else ():
+                held = r.text[i * size : min(r.n_read, (i + 1) * size)]
+                pool.remember(r.pages[i - 1] if i else None, r.pages[i], held)
+        self.counts["tokens read"] += n * len(requests)
+        return logits[:, -1]
+
+    def write(self, requests, logits):
+        """Draw each request's next token with its own generator: `[(request id, token), ...]`."""
+        written = []
+        for sampling in dict.fromkeys(r.sampling for r in requests):
+            alike = [row for row, r in enumerate(requests) if r.sampling == sampling]
+            probs = next_token_probs(logits[alike], *sampling).cpu()
+            times = torch.stack([torch.empty(probs.size(1)).exponential_(
+                generator=requests[row].generator) for row in alike])
+            tokens = (probs / times).argmax(-1).tolist()  # a race, as in torch.multinomial
+            for request, token in zip([requests[row] for row in alike], tokens):
+                request.text.append(token)
+                request.state = "decode"
+                written.append((request.id, token))
+                n_new = len(request.text) - request.n_prompt
+                if n_new >= request.max_new_tokens or token in request.stop_ids:
+                    self.finished[request.id] = request.text[request.n_prompt :]
+                    self.leave(request, "done")
+        return written
+
+    def stream(self):
+        """Yield (request id, token) as tokens are written, until all requests are done."""
+        while self.queue or self.running:
+            yield from self.step()
+
+    def run(self):
+        """Serve until all is done; return the new ids, {request id: list}, of all that ended."""
+        collections.deque(self.stream(), maxlen=0)
+        finished, self.finished = self.finished, {}
+        return finished
+
+    @property
+    def stats(self):
+        """What happened so far, and what memory holds now, as a dict."""
+        size, held = self.pool.page_size, {}
+        for r in self.running:
+            for i, page in enumerate(r.pages):
+                held[page] = max(held.get(page, 0), min(size, r.n_read - i * size))
+        return {**self.counts, "queued": len(self.queue), "running": len(self.running),
+                "free pages": len(self.pool.free), "used pages": len(held),
+                "unused slots": len(held) * size - sum(held.values())}
 
 
 if __name__ == "__main__":
