@@ -196,7 +196,8 @@ def test_the_model_is_whole_again_also_after_an_error(model, idx):
 @pytest.mark.parametrize("bad", [(LAYERS, 0), (0, HEADS), (-1, 0), (0, -1)])
 def test_ablate_refuses_a_head_that_is_not_there(model, bad):
     weights = state(model)
-    with pytest.raises(ValueError, match=f"no head {bad[1]} in layer {bad[0]}: .* 0 to 2 .* 0 to 1"):
+    message = f"no head {bad[1]} in layer {bad[0]}: .* 0 to 2 .* 0 to 1"
+    with pytest.raises(ValueError, match=message):
         with ablate(model, [(0, 0), bad]):
             pass
     assert torch.equal(state(model), weights)
