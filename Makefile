@@ -46,7 +46,6 @@ test: $(STAMP)
 	$(RUN) -m pytest $(ARGS)
 
 bench: $(STAMP)
-	@$(RUN) -c "import transformers" 2>/dev/null || $(RUN) -m pip install -q transformers==4.57.1
 	$(RUN) tests/bench.py $(ARGS)
 
 pages: $(STAMP)

@@ -192,7 +192,8 @@ def transformers(quick):
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
-        print("  Hugging Face is left out: `pip install transformers` brings it in")
+        print("  Hugging Face is left out here; `python -m pip install transformers==4.57.1` with the\n"
+              "  course's Python brings it in")
         GPT2LMHeadModel = None
     torch.manual_seed(0)
     for end, aim in [(512, "8 or more"), (1024, "20 or more")][: 1 if quick else 2]:
