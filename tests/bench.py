@@ -192,7 +192,7 @@ def transformers(quick):
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
-        print("  Hugging Face is left out here; `python -m pip install transformers==4.57.1` with the\n"
+        print("  Hugging Face is left out; `python -m pip install transformers==4.57.1` with the\n"
               "  course's Python brings it in")
         GPT2LMHeadModel = None
     torch.manual_seed(0)
