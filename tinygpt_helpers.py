@@ -4,7 +4,7 @@ Read it from top to bottom. Each section is built, step by step, on the page of 
 its heading names, and a test holds the two together, word for word. Sizes are written as
 B (batch), T (tokens in a window), C (d_model, the width of the model), V (vocabulary size).
 
-    python tinygpt_helpers.py                         the whole demonstration, about a minute
+    python tinygpt_helpers.py                         the whole demonstration, a minute and a half
     python tinygpt_helpers.py train --corpus my.txt   train on a text of your own
     python tinygpt_helpers.py generate --prompt "I love "
 """
@@ -929,7 +929,8 @@ def command_line():
     """Return the parser of the command line: `train`, `generate`, their options. (Page 05.)"""
     parser = argparse.ArgumentParser(
         prog="tinygpt_helpers.py", description="Train a tiny GPT and let it write. Without a "
-        "command it trains on the course's own stories, about a minute, and shows what it learned.")
+        "command it trains on the course's own stories and shows what it learned, all in about a "
+        "minute and a half.")
     commands = parser.add_subparsers(dest="command", metavar="{train,generate}")
     add = commands.add_parser("train", help="train a model on a text").add_argument
     for name, (default, meaning) in TRAIN_OPTIONS.items():
@@ -1032,7 +1033,7 @@ class KVCache:
     """The keys and values of every token read so far, for one batch of texts. (Page 07.)
 
     k, v: `(n_layers, B, n_heads, max_len, d_head)`, the first `length` positions in use. Bytes:
-    2 * n_layers * B * max_len * d_model * 4 in float32.
+    2 * n_layers * B * max_len * d_model * 4 in float32. layers: the weights of each block.
     """
 
     def __init__(self, model, batch_size):
