@@ -513,6 +513,12 @@ def train_step(model, optimizer, x, y, lr, step=0, clip=1.0):
     return loss.item()
 
 
+def in_notebook():
+    """Return whether this runs in a notebook, where an output can be drawn anew. (Page 04.)"""
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython and ipython.get_ipython(), "kernel")
+
+
 class ProgressBar:
     """One line that says how far a long loop is: in a terminal, a notebook or a log. (Page 04.)"""
 
@@ -521,8 +527,7 @@ class ProgressBar:
         self.cell = None  # the notebook's output, redrawn in place
 
     def update(self, done, message, last=False):
-        ipython, now = sys.modules.get("IPython"), time.perf_counter()
-        notebook = hasattr(ipython and ipython.get_ipython(), "kernel")
+        now, notebook = time.perf_counter(), in_notebook()
         if now - self.shown < (0.2 if notebook or sys.stdout.isatty() else 10) and not last:
             return
         self.shown, spent = now, now - self.began
@@ -683,6 +688,29 @@ def plot_loss(history, floor=None, title="The loss falls"):
     ax.set(xlabel="step", ylabel="loss (nats per token)", title=title, ylim=(0, None))
     ax.legend()
     return figure
+
+
+def live_loss(floor=None, title="The loss falls"):
+    """Return an `on_eval` for train: the curves of plot_loss, growing while it trains. (Page 04.)
+
+    In a notebook it is one picture, drawn anew in its place; elsewhere nothing is drawn.
+    """
+    cell = None
+
+    def on_eval(history):
+        nonlocal cell
+        if not in_notebook():
+            return
+        from IPython.display import display
+
+        figure = plot_loss(history, floor, title)
+        plt.close(figure)  # else the notebook shows it a second time when the cell is done
+        if cell is None:
+            cell = display(figure, display_id=True)
+        else:
+            cell.update(figure)
+
+    return on_eval
 
 
 # ---------------------------------------------------------------- page 05: generation
