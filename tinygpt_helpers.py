@@ -321,8 +321,9 @@ def check_ids(idx, vocab_size, max_len):
     if idx.ndim != 2 or idx.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"idx must be (B, T) integer ids, not {tuple(idx.shape)} {idx.dtype}")
     if not 1 <= idx.size(1) <= max_len:
+        advice = f": crop to idx[:, -{max_len}:]" if idx.size(1) else ""
         raise ValueError(f"idx has T = {idx.size(1)} tokens; this model reads 1 to max_len = "
-                         f"{max_len}: crop to idx[:, -{max_len}:]")
+                         f"{max_len}{advice}")
     if idx.numel():
         low, high = (end.item() for end in idx.aminmax())
         if low < 0 or high >= vocab_size:
@@ -782,9 +783,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     try:
         for t in range(T, T + max_new_tokens):
             probs = next_token_probs(read(text[:, :t]), temperature, top_k, top_p)
-            text[:, t] = torch.where(done, text[:, t], draw(probs, generator))
+            token = draw(probs, generator) if temperature else probs.argmax(-1)  # no dice for 0
+            text[:, t] = token if stop_id is None else torch.where(done, stop_id, token)
             if stop_id is not None:
-                done |= text[:, t] == stop_id
+                done |= token == stop_id
                 if done.all():
                     break
     finally:
@@ -1057,20 +1059,40 @@ def logit_lens(model, idx):
 # ---------------------------------------------------------------- page 07: the KV cache
 
 
+def block_weights(model):
+    """Return a list of each block's eight weights, matrices turned for `x @ weight`. (Page 07.)"""
+    return [[weight.t() for weight in block.parameters()] for block in model.blocks]
+
+
 class KVCache:
     """The keys and values of every token read so far, for one batch of texts. (Page 07.)
 
-    k, v: `(n_layers, B, n_heads, max_len, d_head)`, the first `length` positions in use. Bytes:
-    2 * n_layers * B * max_len * d_model * 4 in float32. layers: the weights of each block.
+    kv: `(n_layers, 2, B, n_heads, max_len, d_head)`, keys then values, the first `length`
+    positions in use; k and v are views of its halves. Bytes: 2 * n_layers * B * max_len * d_model
+    * 4 in float32. layers: the weights of each block.
     """
 
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
-        shape = (c["n_layers"], batch_size, c["n_heads"], c["max_len"],
-                 c["d_model"] // c["n_heads"])
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.kv = weight.new_zeros(c["n_layers"], 2, batch_size, c["n_heads"], c["max_len"],
+                                   c["d_model"] // c["n_heads"])
+        self.k, self.v = self.kv.unbind(1)
         self.length = 0
-        self.layers = [list(block.parameters()) for block in model.blocks]  # looked up only once
+        self.layers = block_weights(model)
+
+
+def run_blocks(model, x, layers, attend):
+    """Send the embeddings x `(N, C)` of N tokens through the blocks; return logits `(N, V)`.
+
+    attend(layer, qkv) takes queries, keys and values `(N, 3 C)` side by side and returns what the
+    tokens gather, `(N, C)`: all that tokens have to do with one another. (Page 07.)
+    """
+    width = x.shape[1:]
+    for layer, (gain1, bias1, qkv, proj, gain2, bias2, up, down) in enumerate(layers):
+        y = attend(layer, F.layer_norm(x, width, gain1, bias1) @ qkv)
+        x = torch.addmm(x, y, proj)  # x + y @ proj
+        x = torch.addmm(x, F.gelu(F.layer_norm(x, width, gain2, bias2) @ up), down)
+    return model.head(model.norm(x))
 
 
 @torch.inference_mode()
@@ -1088,18 +1110,19 @@ def forward_cached(model, idx, cache):
                          f"{model.max_len}: only {model.max_len - start} more fit")
     # token i of the chunk stands at start + i and sees every position up to itself
     mask = torch.ones(T, end, dtype=torch.bool, device=idx.device).tril(start) if T > 1 else None
-    x = (model.tokens.weight[idx] + model.positions.weight[start:end]).flatten(0, 1)  # (B * T, C)
-    for (gain1, bias1, qkv, proj, gain2, bias2, up, down), k_cache, v_cache in zip(
-            cache.layers, cache.k, cache.v):
-        y = F.linear(F.layer_norm(x, x.shape[1:], gain1, bias1), qkv)  # (B * T, 3 C)
-        q, k, v = y.view(B, T, 3, k_cache.size(1), -1).permute(2, 0, 3, 1, 4)
-        k_cache[:, :, start:end], v_cache[:, :, start:end] = k, v
-        y = F.scaled_dot_product_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
-        x = torch.addmm(x, y.transpose(1, 2).reshape(x.shape), proj.t())  # x + y @ proj.t()
-        y = F.gelu(F.linear(F.layer_norm(x, x.shape[1:], gain2, bias2), up))
-        x = torch.addmm(x, y, down.t())
+
+    def attend(layer, qkv):
+        memory = cache.kv[layer]
+        qkv = qkv.view(B, T, 3, memory.size(2), -1).permute(2, 0, 3, 1, 4)
+        memory[:, :, :, start:end] = qkv[1:]
+        k, v = memory[:, :, :, :end]  # (B, n_heads, end, d_head)
+        y = F.scaled_dot_product_attention(qkv[0], k, v, mask)
+        return y.transpose(1, 2).reshape(B * T, -1)
+
+    x = F.embedding(idx, model.tokens.weight) + model.positions.weight[start:end]  # (B, T, C)
+    logits = run_blocks(model, x.flatten(0, 1), cache.layers, attend)
     cache.length = end
-    return model.head(model.norm(x)).view(B, T, -1)
+    return logits.view(B, T, -1)
 
 
 def cached_reader(model):
@@ -1135,6 +1158,7 @@ class PagePool:
     def __init__(self, model, n_pages, page_size):
         c, weight = model.config, model.head.weight
         self.page_size = page_size
+        self.layers = block_weights(model)
         self.kv = weight.new_zeros(c["n_layers"], n_pages, page_size, 2 * c["d_model"])
         self.users = [0] * n_pages
         self.free = dict.fromkeys(range(n_pages))  # an ordered set: the longest unused comes first
@@ -1187,7 +1211,7 @@ class PagePool:
         return pages, n
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def forward_paged(model, idx, starts, tables, pool):
     """Read idx `(B, T)`, row b at positions starts[b] ... starts[b] + T - 1; logits `(B, T, V)`.
 
@@ -1197,18 +1221,19 @@ def forward_paged(model, idx, starts, tables, pool):
     (B, T), size, H = idx.shape, pool.page_size, model.config["n_heads"]
     positions = starts[:, None] + torch.arange(T, device=idx.device)  # (B, T)
     pages, slots = tables.gather(1, positions // size), positions % size
-    seen = torch.arange(tables.size(1) * size, device=idx.device) <= positions[:, None, :, None]
-    x = model.tokens(idx) + model.positions(positions)  # (B, T, C)
-    for block, memory in zip(model.blocks, pool.kv):
-        q, kv = block.attention.qkv(block.norm1(x)).split([x.size(-1), 2 * x.size(-1)], dim=-1)
-        memory[pages, slots] = kv
-        past = memory.index_select(0, tables.flatten())  # (B * P, size, 2C)
-        k, v = past.view(B, -1, 2, H, q.size(-1) // H).permute(2, 0, 3, 1, 4)
+    future = torch.arange(tables.size(1) * size, device=idx.device) > positions[:, None, :, None]
+    mask = pool.kv.new_zeros(future.shape).masked_fill(future, -math.inf)
+
+    def attend(layer, qkv):
+        q, new = qkv.view(B, T, -1).tensor_split([qkv.size(-1) // 3], dim=-1)
+        pool.kv[layer][pages, slots] = new  # (B, T, 2 C)
+        past = pool.kv[layer].index_select(0, tables.flatten())  # (B * P, size, 2 C)
         q = q.view(B, T, H, -1).transpose(1, 2)  # (B, H, T, d_head); k, v: (B, H, P * size, d_head)
-        y = F.scaled_dot_product_attention(q, k, v, seen)
-        x = x + block.attention.proj(y.transpose(1, 2).reshape(x.shape))
-        x = x + block.mlp(block.norm2(x))
-    return model.head(model.norm(x))
+        k, v = past.view(B, -1, 2, H, q.size(-1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B * T, -1)
+
+    x = F.embedding(idx, model.tokens.weight) + F.embedding(positions, model.positions.weight)
+    return run_blocks(model, x.flatten(0, 1), pool.layers, attend).view(B, T, -1)
 
 
 @dataclass(eq=False)
@@ -1367,10 +1392,10 @@ class Engine:
         for sampling in dict.fromkeys(r.sampling for r in requests):
             alike = [row for row, r in enumerate(requests) if r.sampling == sampling]
             probs = next_token_probs(logits[alike], *sampling).cpu()
-            times = torch.stack([torch.empty(probs.size(1)).exponential_(
-                generator=requests[row].generator) for row in alike])
-            tokens = (probs / times).argmax(-1).tolist()  # a race, as in torch.multinomial
-            for request, token in zip([requests[row] for row in alike], tokens):
+            if sampling[0] > 0:  # a race, as in torch.multinomial
+                probs = probs / torch.stack([torch.empty(probs.size(1)).exponential_(
+                    generator=requests[row].generator) for row in alike])
+            for request, token in zip([requests[row] for row in alike], probs.argmax(-1).tolist()):
                 request.text.append(token)
                 request.state = "decode"
                 written.append((request.id, token))
@@ -1394,10 +1419,9 @@ class Engine:
     @property
     def stats(self):
         """What happened so far, and what memory holds now, as a dict."""
-        size, held = self.pool.page_size, {}
-        for r in self.running:
-            for i, page in enumerate(r.pages):
-                held[page] = max(held.get(page, 0), min(size, r.n_read - i * size))
+        size, by_length = self.pool.page_size, sorted(self.running, key=lambda r: r.n_read)
+        held = {page: min(size, r.n_read - i * size)  # the longest of those who share it counts
+                for r in by_length for i, page in enumerate(r.pages)}
         return {**self.counts, "queued": len(self.queue), "running": len(self.running),
                 "free pages": len(self.pool.free), "used pages": len(held),
                 "unused slots": len(held) * size - sum(held.values())}

@@ -123,7 +123,7 @@ def test_the_pages_of_other_texts_are_left_alone():
 def bare_pool(n_pages, page_size):
     weight = torch.zeros(1)
     return PagePool(types.SimpleNamespace(config={"n_layers": 1, "d_model": 1},
-                                          head=types.SimpleNamespace(weight=weight)),
+                                          head=types.SimpleNamespace(weight=weight), blocks=()),
                     n_pages, page_size)
 
 
