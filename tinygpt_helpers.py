@@ -523,18 +523,18 @@ def in_notebook():
 class ProgressBar:
     """One line that says how far a long loop is: in a terminal, a notebook or a log. (Page 04.)"""
 
-    def __init__(self, first, total):
-        self.first, self.total, self.began, self.shown = first, total, time.perf_counter(), 0.0
+    def __init__(self, first=0.0):
+        self.first, self.began, self.shown = first, time.perf_counter(), 0.0
         self.cell = None  # the notebook's output, redrawn in place
 
-    def update(self, done, message, last=False):
+    def update(self, progress, message, last=False):
         now, notebook = time.perf_counter(), in_notebook()
         if now - self.shown < (0.2 if notebook or sys.stdout.isatty() else 10) and not last:
             return
-        self.shown, spent = now, now - self.began
-        left = 0 if last else spent / max(done - self.first, 1) * (self.total - done)
-        bar = ("=" * (20 * done // self.total)).ljust(20, ".")
-        line = f"[{bar}] {done:,}/{self.total:,}  {message}  {spent:.0f} s, {left:.0f} s left"
+        self.shown, spent, done = now, now - self.began, progress - self.first
+        left = f", {spent / done * (1 - progress):.0f} s left" if done > 0.01 and not last else ""
+        bar = ("=" * int(20 * progress)).ljust(20, ".")
+        line = f"[{bar}] {message}  {spent:.0f} s{left}"
         if notebook:
             from IPython.display import display
 
@@ -648,15 +648,15 @@ def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_s
     optimizer, generator, history = start_run(model, lr, seed, resume)
     state = dict(out=out, optimizer=optimizer, tokenizer=tokenizer, generator=generator)
     T, device = block_size or model.max_len, next(model.parameters()).device
-    bar, began = ProgressBar(len(history["train_loss"]), steps), time.perf_counter()
+    bar, began = ProgressBar(len(history["train_loss"]) / steps), time.perf_counter()
     while True:
         step = len(history["train_loss"])
-        progress = max(step / steps, (time.perf_counter() - began) / max_seconds)
-        last = progress >= 1 or step == stop_at
+        progress = min(1.0, max(step / steps, (time.perf_counter() - began) / max_seconds))
+        last = progress == 1 or step == stop_at
         if last or step % eval_every == 0:
             validate_and_save(model, validate, history, step, **state)
             on_eval(history)
-        bar.update(step, describe(history), last)
+        bar.update(progress, f"step {step:,}  {describe(history)}", last)
         if last:
             return history
         x, y = sample_batch(train_ids, T, batch_size, generator, starts)
@@ -985,7 +985,7 @@ def command_line():
 def main(argv=None):
     """Run the command line; without arguments, the whole demonstration. (Page 05.)"""
     argv = sys.argv[1:] if argv is None else argv
-    argv = argv or ["train", "--max-seconds", "80"]
+    argv = argv or ["train", "--steps", "6000", "--max-seconds", "85"]
     args = command_line().parse_args(argv)
     args.again = shlex.join(argv)  # the same options, for a run that was stopped
     if args.command is None:

@@ -117,7 +117,7 @@ def test_a_run_leaves_two_checkpoints_and_a_picture(trained):
     config = dict(d_model=16, n_heads=2, n_layers=1, max_len=16)
     assert last["config"].items() >= config.items()
     assert last["tokenizer"].vocab_size == len(set(corpus.read_text("utf-8")[:2700]))
-    assert "2,700 characters" in printed and "30/30" in printed
+    assert "2,700 characters" in printed and "step 30  loss" in printed
     assert str(Path("out") / "best.pt") in printed and "generate" in printed
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from nbclient import NotebookClient
 from torch.utils.data import DataLoader
 
 import tinygpt_helpers as helpers
@@ -25,6 +27,7 @@ from tinygpt_helpers import (
     TinyGPT,
     evaluate,
     learning_rate,
+    live_loss,
     load_checkpoint,
     load_corpus,
     make_optimizer,
@@ -252,7 +255,7 @@ def test_the_history_and_the_files_of_a_run(tmp_path, capsys):
     assert same(weights_of(last["model"]), weights_of(model))
     assert history["val_loss"][-1] == evaluate(model, some_ids(20, 1))
     out = capsys.readouterr().out
-    assert "12/12" in out and f"validation {history['val_loss'][-1]:.3f}" in out
+    assert "step 12  loss" in out and f"validation {history['val_loss'][-1]:.3f}" in out
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -616,3 +619,63 @@ def test_the_curves_are_the_history():
 def test_short_runs_have_a_curve_and_no_floor_that_nobody_knows(losses):
     (ax,) = plot_loss({"train_loss": losses, "val_step": [0], "val_loss": [3.0]}).axes
     assert len(ax.lines) == 3 and len(ax.get_legend().get_texts()) == 2
+
+
+LIVE_PAGE = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from tinygpt_helpers import TinyGPT, live_loss, train
+seen = []
+curve = live_loss(floor=0.5, title="It grows")
+def note(history):
+    seen.append(list(history["val_step"]))
+    curve(history)
+ids = torch.randint(5, (200,), generator=torch.Generator().manual_seed(0))
+history = train(TinyGPT(5, 8, 2, 1, 8), ids, ids, steps=6, batch_size=2, eval_every=2, on_eval=note)
+assert seen == [[0], [0, 2], [0, 2, 4], [0, 2, 4, 6]]
+"""
+
+
+def test_the_live_curve_ends_as_one_picture_in_a_notebook():
+    page = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell(LIVE_PAGE.format(root=str(ROOT)))])
+    NotebookClient(page, timeout=120, kernel_name="python3").execute()
+    pictures = [out for out in page.cells[0].outputs if "image/png" in out.get("data", {})]
+    assert len(pictures) == 1 and len(page.cells[0].outputs) == 2  # and the bar's last line
+
+
+def test_the_live_curve_changes_its_picture_in_place(monkeypatch):
+    drawn, updated = [], []
+    handle = SimpleNamespace(update=updated.append)
+    monkeypatch.setattr(helpers, "in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display",
+                        lambda figure, display_id: drawn.append(figure) or handle)
+    on_eval = live_loss(floor=0.25, title="It grows")
+    for n in (1, 2, 3):
+        on_eval({"train_loss": [3.0] * n, "val_step": list(range(n)), "val_loss": [3.0] * n})
+    assert len(drawn) == 1 and len(updated) == 2 and not plt.get_fignums()
+    single, _, val, floor = updated[-1].axes[0].lines
+    assert len(single.get_ydata()) == 3 == len(val.get_ydata())
+    assert list(floor.get_ydata()) == [0.25, 0.25]
+    assert updated[-1].axes[0].get_title() == "It grows"
+
+
+def test_outside_a_notebook_no_curve_is_drawn():
+    live_loss()({"train_loss": [], "val_step": [0], "val_loss": [3.0]})
+    assert not plt.get_fignums() and not helpers.in_notebook()
+
+
+def test_the_bar_says_how_much_time_is_left(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(helpers.time, "perf_counter", lambda: now[0])
+    bar = helpers.ProgressBar(first=0.5)  # a run that is resumed halfway
+    for seconds, progress in [(0, 0.5), (5, 0.6), (30, 0.75), (60, 1.0)]:
+        now[0] = 100.0 + seconds
+        bar.update(progress, "so far", last=progress == 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [  # in a log: at once, then every 10 seconds, and the last
+        "[==========..........] so far  0 s",
+        "[===============.....] so far  30 s, 30 s left",
+        "[====================] so far  60 s",
+    ]
