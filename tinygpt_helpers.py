@@ -731,7 +731,8 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (None: all)")
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+        top = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits, dtype=torch.float).scatter(-1, top, 1.0)
     logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).indices

@@ -4,6 +4,7 @@ writes, whoever else is served."""
 import functools
 import random
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import tinygpt_helpers
 from tinygpt_helpers import Engine, PagePool, TinyGPT, forward_paged, generate
 
 V, MAX_LEN = 11, 24
@@ -570,3 +572,9 @@ def test_a_thousand_requests_through_eight_pages():
     check_books(engine)
     check_memory(engine)
     assert not any(engine.pool.users) and len(engine.pool.free) == 8
+
+
+def test_the_engine_stays_small_enough_to_read():
+    source = Path(tinygpt_helpers.__file__).read_text(encoding="utf-8")
+    engine = source.split("page 08: serving\n")[1].split('\nif __name__')[0]
+    assert len([line for line in engine.splitlines() if line.strip()]) <= 250
