@@ -1168,8 +1168,7 @@ class PagePool:
 
     def take(self):
         """Lend the page that has been free the longest to one user; what it held is forgotten."""
-        page = next(iter(self.free))
-        self.forget(page)
+        self.forget(page := next(iter(self.free)))
         return self.share(page)
 
     def share(self, page):
@@ -1221,17 +1220,23 @@ def forward_paged(model, idx, starts, tables, pool):
     """
     (B, T), size, H = idx.shape, pool.page_size, model.config["n_heads"]
     positions = starts[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-    pages, slots = tables.gather(1, positions // size), positions % size
-    future = torch.arange(tables.size(1) * size, device=idx.device) > positions[:, None, :, None]
-    mask = pool.kv.new_zeros(future.shape).masked_fill(future, -math.inf)
+    pages, slots, groups = tables.gather(1, positions // size), positions % size, []
+    for i in range(0, B, 16):  # groups of rows, each as wide as its longest text
+        last = positions[i : i + 16, None, :, None]
+        n = last.max().item() // size + 1
+        future = torch.arange(n * size, device=idx.device) > last  # (rows, 1, T, n * size)
+        mask = pool.kv.new_zeros(future.shape).masked_fill(future, -math.inf)
+        groups.append((slice(i, i + 16), tables[i : i + 16, :n].flatten(), mask))
 
     def attend(layer, qkv):
         q, new = qkv.view(B, T, -1).tensor_split([qkv.size(-1) // 3], dim=-1)
         pool.kv[layer][pages, slots] = new  # (B, T, 2 C)
-        past = pool.kv[layer].index_select(0, tables.flatten())  # (B * P, size, 2 C)
-        q = q.view(B, T, H, -1).transpose(1, 2)  # (B, H, T, d_head); k, v: (B, H, P * size, d_head)
-        k, v = past.view(B, -1, 2, H, q.size(-1)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B * T, -1)
+        q, gathered = q.view(B, T, H, -1).transpose(1, 2), []  # (B, H, T, d_head)
+        for rows, table, mask in groups:
+            past = pool.kv[layer].index_select(0, table).view(len(mask), -1, 2, H, q.size(-1))
+            k, v = past.permute(2, 0, 3, 1, 4)  # (rows, H, n * size, d_head)
+            gathered.append(F.scaled_dot_product_attention(q[rows], k, v, mask))
+        return torch.cat(gathered).transpose(1, 2).reshape(B * T, -1)
 
     x = F.embedding(idx, model.tokens.weight) + F.embedding(positions, model.positions.weight)
     return run_blocks(model, x.flatten(0, 1), pool.layers, attend).view(B, T, -1)
@@ -1257,10 +1262,9 @@ class Engine:
     """Serve many requests with one model, token by token. (Page 08.)
 
     Each step reads one more token of every text that is being written, and at most chunk_size
-    tokens of prompts (chunked prefill). Requests join and leave between steps (continuous
-    batching). Keys and values lie in n_pages pages of page_size tokens; requests that begin alike
-    share pages until one writes (copy-on-write); when pages run out, the youngest request gives
-    its back and is read again later (preemption by recomputation). It knows ids, not text.
+    tokens of prompts. Requests join and leave between steps. Those that begin alike share pages
+    until one writes (copy-on-write); when the n_pages pages of page_size tokens run out, the
+    youngest gives its back and is read again later (preemption). It knows ids, not text.
     """
 
     def __init__(self, model, max_batch=8, page_size=16, n_pages=64, chunk_size=64, max_queue=1000,
@@ -1275,11 +1279,9 @@ class Engine:
 
     def submit(self, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
                stop_ids=()):
-        """Queue a request and return its id. It ends after max_new_tokens or with a stop id.
-
-        The same ids as `generate` draws with a generator of this seed, whoever else is served.
-        ValueError for what could never be served; RuntimeError if the queue is full.
-        """
+        """Queue a request and return its id. It ends after max_new_tokens or with a stop id. The
+        same ids as `generate` draws with a generator of this seed, whoever else is served.
+        ValueError for what could never be served; RuntimeError if the queue is full."""
         if any(isinstance(i, (str, float)) for i in [*prompt_ids, *stop_ids]):
             raise ValueError("prompt_ids and stop_ids must be whole numbers: encode the text first")
         text, model = [int(i) for i in prompt_ids], self.model
@@ -1311,8 +1313,8 @@ class Engine:
         """Take a request out of the queue or the batch; its pages are free again."""
         (self.running if request in self.running else self.queue).remove(request)
         self.pool.release(request.pages)
-        request.pages, request.n_read, request.state = [], 0, state
         self.counts[state] += 1
+        request.pages, request.n_read, request.state = [], 0, state
 
     def admit(self):
         """Move requests from the queue into the batch while there are seats and pages for them."""
@@ -1363,6 +1365,7 @@ class Engine:
                 budget -= n if todo > 1 else 0
                 plan.setdefault(n, []).append(request)
         for n, requests in plan.items():
+            requests.sort(key=lambda r: r.n_read)  # neighbours of about one length: little padding
             logits = self.read(requests, n)
             ready = [row for row, r in enumerate(requests) if r.n_read == len(r.text)]
             written += self.write([requests[row] for row in ready], logits[ready])

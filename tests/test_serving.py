@@ -108,6 +108,25 @@ def test_pages_in_any_order_give_the_logits_of_one_piece(size, starts, T, dice):
         torch.testing.assert_close(got[row], model(texts[row : row + 1, : n + T])[0, n:])
 
 
+@pytest.mark.parametrize("B", [15, 16, 17, 33])
+def test_groups_of_rows_do_not_see_each_other(B):
+    model, size = tiny(), 3
+    per_row, dice = MAX_LEN // size, random.Random(B)
+    pool = PagePool(model, per_row * B, size)
+    pool.kv.normal_()  # what earlier requests left behind
+    tables = torch.tensor(dice.sample(range(per_row * B), per_row * B)).view(B, per_row)
+    starts = [dice.randint(0, MAX_LEN - 2) for _ in range(B)]  # not sorted: no group is alike
+    texts = torch.tensor([some_ids(MAX_LEN, seed) for seed in range(B)])
+    for row, n in enumerate(starts):
+        if n:
+            forward_paged(model, texts[row : row + 1, :n], torch.tensor([0]),
+                          tables[row : row + 1], pool)
+    chunk = torch.stack([text[n : n + 2] for text, n in zip(texts, starts)])
+    got = forward_paged(model, chunk, torch.tensor(starts), tables, pool)
+    for row, n in enumerate(starts):
+        torch.testing.assert_close(got[row], model(texts[row : row + 1, : n + 2])[0, n:])
+
+
 def test_the_pages_of_other_texts_are_left_alone():
     model, size = tiny(), 4
     pool = PagePool(model, 6, size)
