@@ -943,8 +943,8 @@ def generate_command(args):
 TRAIN_OPTIONS = {  # name: (value if not given, what it is)
     "corpus": ("tiny", "'tiny', 'shakespeare' or the path of your own UTF-8 text file"),
     "steps": (1700, "how many batches to learn from"),
-    "batch-size": (14, "windows in a batch"),
-    "max-len": (144, "how far the model can look back, in characters"),
+    "batch-size": (16, "windows in a batch"),
+    "max-len": (128, "how far the model can look back, in characters"),
     "d-model": (96, "the width of the model"),
     "n-heads": (3, "attention heads in each layer"),
     "n-layers": (2, "how many blocks are stacked"),

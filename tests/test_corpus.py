@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -91,14 +92,28 @@ def test_main_writes_and_checks(tmp_path, monkeypatch, capsys):
 def test_size_and_variety():
     assert 0.9e6 <= len(TEXT) <= 1.1e6
     assert 60 <= len(set(TEXT)) <= 80
-    assert set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?'\"\n") == set(TEXT)
+    capitals = set(string.ascii_uppercase) - set("CPQUVXYZ")
+    assert set(string.ascii_lowercase) | capitals | set("123456789 .,!?'\"\n") == set(TEXT)
     assert len(corpus.SHAPES) >= 12
     assert sum(s.startswith("I love ") for s in STORIES) >= 200
     assert sum(len(s) < 256 for s in STORIES) / len(STORIES) >= 0.9
-    assert max(map(len, STORIES)) < 256
-    words = {w.lower() for w in re.findall("[A-Za-z]+", TEXT)}
+    assert max(map(len, STORIES)) < 128  # with its line end, one fits a window of 128
+    words = {w.lower() for w in re.findall(corpus.WORD, TEXT)}
     assert len(corpus.content_words()) >= 300
     assert corpus.content_words() <= words  # the grammar says nothing that the corpus does not
+
+
+def test_words_said_again_differ_in_their_first_letters():
+    """Places aside, a recalled word is known by its first letter; the data card says so."""
+    lists = [entry for entry in corpus.LISTS.values() if isinstance(entry, list)]
+    templates = [t for _, t in corpus.SHAPES.values()] + [t for entry in lists for t in entry]
+    slots = [s for t in templates for s in corpus.compile_template(t) if not isinstance(s, str)]
+    recalled = {s.name for s in slots if s.kind == "recall"}
+    named = {s.of for s in slots if s.kind == "draw" and s.name in recalled} - {"PLACE"}
+    assert {"NAME", "PET", "THING", "COLLECT", "JOY"} <= named
+    for name in named:
+        first = [forms[0][0][0] for forms in corpus.entries(name)]
+        assert len(set(first)) == len(first), name
 
 
 def test_split_keeps_stories_whole():
@@ -180,7 +195,7 @@ def small():
         n = len(entry) if name.endswith("_END") else keep.get(name, 1)
         m.LISTS[name] = entry[:n] if isinstance(entry, list) else " | ".join(entry.split("|")[:n])
     m.LISTS["LOOK"], m.LISTS["NATURE"] = "little | old | big", "brave | honest"
-    m.LISTS["THING"] = "ball | hat | owl"
+    m.LISTS["THING"] = "ball | hat | umbrella"
     return m
 
 
@@ -195,7 +210,7 @@ def test_probabilities_of_a_shape_sum_to_one(small, shape):
         assert len(found) == 1 and found[0][1] == pytest.approx(math.log(p * p_shape), abs=1e-9)
 
 
-@pytest.mark.parametrize("shape", ["I love, pet", "gift", "shopping", "every week"])
+@pytest.mark.parametrize("shape", ["I love, pet", "gift", "shopping", "when ill"])
 def test_sampled_costs_meet_the_exact_entropy(small, shape):
     told = every_story(small, small.shapes()[shape][1], {"drawn": ()})
     entropy = -sum(p * math.log(p) for _, p in told)
@@ -210,18 +225,17 @@ def test_sampled_costs_meet_the_exact_entropy(small, shape):
 # --- the four skills, broken one at a time -------------------------------------------------------
 
 BOX = (
-    "Tom put an orange ball in the box. Later, he opened the box. "
-    '"Look!" said Tom. There was the orange ball.'
+    "Tom put an orange ball in the box. At 3 o'clock, he opened the box. "
+    '"Look!" said Tom. "The orange ball!"'
 )
 LOST = (
-    "Kate lost her red key. She found only an old sock. "
-    '"Look on the shelf," called Ben. There lay the red key!'
+    "Rosa lost her red kite. She found only an old sock. Ben found the red kite on the shelf."
 )
 EATEN = (
-    'Anna packed nine muffins. Her old owl ate six. "Oh no!" cried Anna. "Now three muffins are '
-    'left." The owl only winked.'
+    'Anna packed six muffins. Her old owl ate three. "Oh no!" cried Anna. "Now three muffins are '
+    'left." The owl winked.'
 )
-GIFT = "Leo had one leaf. Max found three more. Now Leo and Max have four leaves."
+GIFT = "Jack had one leaf. Sam found three more. Now Jack and Sam have four leaves."
 FLOCK = (
     "There were four shy mice on the hill. Then one hid, so three mice were still on the hill."
 )
@@ -229,42 +243,31 @@ COUNT = (
     "I love coins! I have two coins, and my aunt got one more. "
     "That makes three coins for me and my aunt!"
 )
-DREAM = (
-    "I love mud, but my old mother loves snow. "
-    "Last night I dreamed of mud, and she dreamed of snow!"
-)
+DREAM = "I love mud, but my old mother loves snow. I dream of mud, and she dreams of snow!"
 PET = (
-    'I love Mia, my red cat. All summer she licks my ball. "Oh, Mia!" '
-    "There is no better cat than Mia!"
+    'I love Mia, my red cat. All summer she licks my ball. "Oh, Mia!" She is the best cat of all.'
 )
-WEEK = (
-    "Tom and Anna sing in the garden every Sunday. "
-    "When Tom is ill, only Anna sings in the garden."
-)
+ILL = "Tom and Anna sing in the garden. When Tom is ill, only Anna sings in the garden."
 KNOCK = (
-    'Knock, knock! "Who is it?" asked Ivy. "Tom! I have three sweet plums!" '
-    'Ivy ate all three plums. "Come again, Tom!"'
+    'Knock, knock! "Who is it?" asked Lily. "Tom! I have three sweet pears!" '
+    "Lily ate all three pears."
 )
 SWAP = (
-    'Ben had a kite, but Uma had an umbrella. "Let\'s swap!" said Uma. '
-    "Now Ben has the umbrella, and Uma has the kite."
+    'Ben had a kite, but Rosa had an umbrella. "Let\'s swap!" said Rosa. '
+    "Now Ben has the umbrella, and Rosa has the kite."
 )
 BEASTS = (
-    'After lunch, a shy duck met an old hen. "I can whistle!" said the duck. '
-    "So the duck slowly taught the hen to whistle."
+    'After lunch, an old dog met a fox. "I can whistle!" said the dog. '
+    "It slowly taught the fox to whistle."
 )
 SHOP = (
     '"We need a hat and an umbrella," said Mia. '
-    'Soon, she ran back with the umbrella. "Oh no! I forgot the hat!"'
-)
-WET = (
-    "Sam and the dog hoped to read on the beach, but it was too cold. "
-    "Later, the sun came out. The dog skipped out to read on the beach."
+    'She ran back with the umbrella. "Oh no! I forgot the hat!"'
 )
 STORY_OF = dict(
     zip(
         corpus.SHAPES,
-        (BOX, LOST, EATEN, GIFT, FLOCK, COUNT, DREAM, PET, WEEK, KNOCK, SWAP, BEASTS, SHOP, WET),
+        (BOX, LOST, EATEN, GIFT, FLOCK, COUNT, DREAM, PET, ILL, KNOCK, SWAP, BEASTS, SHOP),
         strict=True,
     )
 )
@@ -288,18 +291,21 @@ MISSPELLED = [
     (BOX, "box", "bxo"),
     (BOX, "orange", "0range"),
     (BOX, "orange ball", "orange-ball"),
+    (BOX, "3", "13"),
+    (BOX, "o'clock", "oclock"),
     (EATEN, "Anna", "anna"),
 ]
 UNGRAMMATICAL = [
     (BOX, "an orange", "a orange"),
     (BOX, "an orange ball", "a ball orange"),
     (BOX, "he opened", "she opened"),
+    (BOX, "At 3 o'clock", "At o'clock"),
     (LOST, "She found", "He found"),
     (LOST, "lost her", "lost his"),
     (LOST, "an old sock", "a sock"),
     (LOST, "an old", "a old"),
     (EATEN, "Her old", "His old"),
-    (EATEN, "nine muffins", "nine muffin"),
+    (EATEN, "six muffins", "six muffin"),
     (EATEN, "muffins are", "muffins is"),
     (EATEN, "three muffins", "three muffin"),
     (GIFT, "one leaf", "one leaves"),
@@ -308,32 +314,33 @@ UNGRAMMATICAL = [
     (FLOCK, "three mice", "three mouse"),
     (COUNT, "two coins", "two coin"),
     (COUNT, "three coins", "three coin"),
-    (DREAM, "she dreamed", "he dreamed"),
+    (DREAM, "she dreams", "he dreams"),
     (PET, "she licks", "he licks"),
-    (WEEK, "Anna sing ", "Anna sings "),
-    (WEEK, "Anna sings", "Anna sing"),
-    (KNOCK, "all three plums", "all three plum"),
+    (PET, "She is", "He is"),
+    (ILL, "Anna sing ", "Anna sings "),
+    (ILL, "Anna sings", "Anna sing"),
+    (KNOCK, "all three pears", "all three pear"),
     (SWAP, "a kite", "an kite"),
     (SWAP, "an umbrella", "a umbrella"),
-    (BEASTS, "an old hen", "a old hen"),
+    (BEASTS, "an old dog", "a old dog"),
+    (BEASTS, "to whistle", "to whistles"),
     (SHOP, "an umbrella", "a umbrella"),
-    (SHOP, "she ran", "he ran"),
-    (WET, "out to read", "out to reads"),
+    (SHOP, "She ran", "He ran"),
 ]
 FORGETFUL = [
-    (BOX, "the orange ball.", "the orange hat."),
-    (BOX, "the orange ball.", "the blue ball."),
-    (BOX, "the orange ball.", "the blue hat."),
-    (BOX, "opened the box", "opened the bag"),
-    (BOX, "said Tom", "said Kate"),  # he/she stays with the one named first
-    (LOST, "the red key", "the red hat"),
-    (LOST, "the red key", "the blue key"),
-    (LOST, "called Ben", "called Kate"),  # a friend is somebody else
+    (BOX, "The orange ball!", "The orange hat!"),
+    (BOX, "The orange ball!", "The blue ball!"),
+    (BOX, "The orange ball!", "The blue hat!"),
+    (BOX, "opened the box", "opened the pot"),
+    (BOX, "said Tom", "said Rosa"),  # he/she stays with the one named first
+    (LOST, "the red kite", "the red hat"),
+    (LOST, "the red kite", "the blue kite"),
+    (LOST, "Ben found", "Rosa found"),  # a friend is somebody else
     (EATEN, "cried Anna", "cried Tom"),  # he/she stays with the one named first
     (EATEN, "three muffins are", "three apples are"),
     (EATEN, "The owl", "The cat"),
-    (GIFT, "Leo and Max", "Max and Leo"),
-    (GIFT, "Max found", "Leo found"),  # a friend is somebody else
+    (GIFT, "Jack and Sam", "Sam and Jack"),
+    (GIFT, "Sam found", "Jack found"),  # a friend is somebody else
     (GIFT, "four leaves", "four shells"),
     (FLOCK, "three mice", "three sheep"),
     (FLOCK, "still on the hill", "still in the garden"),
@@ -343,36 +350,30 @@ FORGETFUL = [
     (DREAM, "of mud", "of snow"),
     (DREAM, "of snow!", "of honey!"),
     (DREAM, "loves snow", "loves mud"),  # the second joy should be new
-    (PET, "Oh, Mia", "Oh, Zoe"),
-    (PET, "better cat", "better dog"),
-    (PET, "than Mia", "than Zoe"),
-    (WEEK, "only Anna", "only Tom"),
-    (WEEK, "Anna sings", "Anna reads"),
-    (WEEK, "sings in the garden", "sings by the river"),
+    (PET, "Oh, Mia", "Oh, Lily"),
+    (PET, "best cat", "best dog"),
+    (ILL, "only Anna", "only Tom"),
+    (ILL, "Anna sings", "Anna reads"),
+    (ILL, "sings in the garden", "sings by the river"),
     (KNOCK, "all three", "all four"),
-    (KNOCK, "three plums", "three buns"),
-    (KNOCK, "Ivy ate", "Tom ate"),
-    (KNOCK, "again, Tom", "again, Ivy"),
+    (KNOCK, "three pears.", "three buns."),
+    (KNOCK, "Lily ate", "Tom ate"),
     (SWAP, "has the umbrella", "has the kite"),
-    (SWAP, "and Uma has", "and Ben has"),
-    (SWAP, "said Uma", "said Tom"),
+    (SWAP, "and Rosa has", "and Ben has"),
+    (SWAP, "said Rosa", "said Mia"),
     (SWAP, "had an umbrella", "had a kite"),  # the second thing should be new
-    (BEASTS, "taught the hen", "taught the duck"),
+    (BEASTS, "taught the fox", "taught the bear"),
     (BEASTS, "to whistle", "to dance"),
-    (BEASTS, "an old hen", "an old duck"),  # the second beast should be new
-    (BEASTS, "an old hen", "a shy hen"),  # and the second nature
-    (SHOP, "forgot the hat", "forgot the coin"),
+    (BEASTS, "said the dog", "said the cat"),
+    (SHOP, "forgot the hat", "forgot the drum"),
     (SHOP, "with the umbrella", "with the hat"),
     (SHOP, "and an umbrella", "and a hat"),  # the second thing should be new
-    (WET, "The dog", "The cat"),
-    (WET, "out to read", "out to sing"),
-    (WET, "on the beach.", "by the river."),
 ]
 MISCOUNTED = [
     (EATEN, "three muffins are", "four muffins are"),
     (EATEN, "three muffins are", "one muffin is"),
-    (EATEN, "ate six", "ate eleven"),
-    (EATEN, "nine muffins", "eight muffins"),
+    (EATEN, "ate three", "ate eleven"),
+    (EATEN, "six muffins", "seven muffins"),
     (GIFT, "have four", "have five"),
     (GIFT, "found three", "found two"),
     (FLOCK, "three mice", "two mice"),
@@ -421,7 +422,7 @@ def test_swapped_names_in_the_corpus_are_caught():
     for s in stories:
         hero = s.split(" ", 1)[0]
         head, _, tail = s.rpartition(hero)
-        other = "Zoe" if hero != "Zoe" else "Max"
+        other = "Mia" if hero != "Mia" else "Sam"
         verdict = corpus.parse_story(head + other + tail)
         assert verdict[:3] == (True, True, False) and verdict.counts is True
 
@@ -532,4 +533,4 @@ def test_data_card_prose_has_no_other_numbers(card, facts):
     known = [weights, int(divisor), int(shift), int(top), 90, 10, len(corpus.SHAPES)]
     assert found == sorted([*known, 0, 1, 2, 2])  # r = 0, 1, 2, …; ln 2
     numbers = set(re.findall("[a-z]+", TEXT)) & set(corpus.NUMBERS)
-    assert "numbers from one to nine" in card and numbers == set(corpus.NUMBERS[:9])
+    assert "numbers from one to six" in card and numbers == set(corpus.NUMBERS[:6])
