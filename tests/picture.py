@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,14 +20,19 @@ from make_tiny_corpus import floor  # noqa: E402, I001
 from tinygpt_helpers import load_checkpoint, load_corpus, split_corpus  # noqa: E402
 
 
-def sharpest_head(rows, far):
-    """The (layer, head) whose rows look far back most decidedly.
+TWICE = re.compile(r' put an? (\w+) (\w+) in .* "The \1 \2!"$')  # a colour and a thing
 
-    rows: (n_layers, n_heads, n, T), attention of the last n positions; far: how many of the first
-    columns count as far back.
+
+def recalling_head(maps, text, words):
+    """The (layer, head) that looks at the first mention of words most, when they are due again.
+
+    maps: (n_layers, n_heads, T, T), attention over the text; each word stands in it twice.
     """
-    score = rows[..., :far].amax(-1).mean(-1)  # (n_layers, n_heads)
-    return divmod(score.argmax().item(), rows.size(1))
+    score = 0
+    for word in words:
+        first, due = text.index(word), text.rindex(word) - 1
+        score = score + maps[:, :, due, first : first + len(word)].sum(-1)
+    return divmod(score.argmax().item(), maps.size(1))
 
 
 def main():
@@ -34,12 +40,12 @@ def main():
     model, tokenizer = state["model"].eval(), state["tokenizer"]
     diary = json.loads((ROOT / "data" / "tiny_model.json").read_text(encoding="utf-8"))
     val_text = split_corpus(load_corpus(), by_line=True)[1]
-    story = min((s for s in val_text.splitlines() if " put " in s and s.endswith(".")), key=len)
+    story = min((s for s in val_text.splitlines() if TWICE.search(s)), key=len)
     text = "\n" + story
     ending = text.rindex(". ") + 1
     _, maps = model(torch.tensor([tokenizer.encode(text)]), return_attention=True)
-    rows = maps[:, 0, :, ending + 1 :].detach()  # the last sentence reads the story
-    layer, head = sharpest_head(rows, far=ending - 20)
+    layer, head = recalling_head(maps[:, 0], text, TWICE.search(text).groups())
+    rows = maps[layer, 0, head, ending + 1 :].detach()  # the last sentence reads the story
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained",
                                           height_ratios=[1, 1.1])
@@ -54,9 +60,9 @@ def main():
               title="From a blind guess towards the floor")
     above.legend()
     letters = [{" ": "␣", "\n": "↵"}.get(ch, ch) for ch in text]
-    image = below.imshow(rows[layer, head], cmap="viridis", aspect="auto")
+    image = below.imshow(rows, cmap="viridis", aspect="auto")
     below.set_xticks(range(len(letters)), letters, fontsize=7)
-    below.set_yticks(range(rows.size(2)), letters[ending + 1 :], fontsize=7)
+    below.set_yticks(range(len(rows)), letters[ending + 1 :], fontsize=7)
     below.tick_params(length=0)
     below.set(xlabel="looked at: the whole story", ylabel="looking: its last words",
               title=f"One head looks back over the story (layer {layer}, head {head})")
