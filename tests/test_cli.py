@@ -291,7 +291,11 @@ def test_ctrl_c_keeps_what_was_learned_and_says_how_to_go_on(tmp_path):
     corpus = small_corpus(tmp_path)
     args = ["train", "--corpus", str(corpus), "--steps", "100000", "--lr", "0.002", "--out", "my o",
             *SMALL]
-    process = start(*args, cwd=tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        process = start(*args, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     last = tmp_path / "my o" / "last.pt"
     wait_for(lambda: last.exists() and load_checkpoint(last)["step"] >= 10, process)
     process.send_signal(signal.SIGINT)
