@@ -42,7 +42,7 @@ PATH = Path(__file__).with_name("tiny_corpus.txt")
 #   {food/n}       the form of food that goes with the number n (apple/apples); {v/1} is form 1
 #   {he@hero}      agreement: he or she, as hero is; {is@n} is or are, as n is
 #   {a}            agreement: a or an, by the sound of the next word
-#   {n#2..9}       draw a number between two bounds (1..n-1 may name earlier numbers); the smaller
+#   {n#2..6}       draw a number between two bounds (1..n-1 may name earlier numbers); the smaller
 #                  the commoner: number i has the weight 60 // i
 #   {r=n-k}        counting: the result, remembered as r
 # The entries of a list stand with the commonest first: entry number r = 0, 1, 2, … has the weight
@@ -61,8 +61,9 @@ A_BEFORE = {"ukulele", "useful", "uniform", "unicorn", "unique"}
 AN_BEFORE = {"honest", "hour"}
 
 LISTS = {
-    # What is said again comes from short lists whose words begin with different letters: who has
-    # found the word to repeat knows it by its first letter. Variety stands in the lists below them.
+    # What is said again comes from short lists whose words begin with different letters (places
+    # aside): who has found the word to repeat knows it by its first letter. Variety stands in the
+    # lists below them.
     # People and beasts: the second form is what agreement asks for.
     "NAME": "Tom/he | Mia/she | Ben/he | Lily/she | Sam/he | Anna/she | Jack/he | Rosa/she",
     "KIN": "mother/she | father/he | aunt/she | uncle/he | granny/she | sister/she",
@@ -281,7 +282,7 @@ def shapes() -> dict:
 
 
 def value(expression: str, said: dict) -> int:
-    """The value of "12", "n", "n-1" or "12-n", where said["n"] is a number."""
+    """The value of "6", "n", "n-1" or "6-n", where said["n"] is a number."""
     total = 0
     for sign, term in re.findall(r"([+-]?)(\w+)", expression):
         v = int(term) if term.isdigit() else said[term][1] + 1
