@@ -606,7 +606,6 @@ def facts(text: str) -> dict:
         "shapes": len(SHAPES),
         "mean length": round(len(text) / len(stories) - 1, 1),
         "longest": max(map(len, stories)),
-        "share under 256": round(sum(len(s) < 256 for s in stories) / len(stories), 4),
         "begin with I love": sum(s.startswith("I love ") for s in stories),
     }
     for name, part in (("train", train), ("validation", val)):
