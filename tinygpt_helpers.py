@@ -276,8 +276,8 @@ class CausalSelfAttention(nn.Module):
 
     def split_heads(self, x):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
-        return qkv.permute(2, 0, 3, 1, 4)  # q, k, v: each (B, n_heads, T, d_head)
+        return [part.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)
+                for part in self.qkv(x).split(C, dim=-1)]  # q, k, v: each (B, n_heads, T, d_head)
 
     def forward(self, x, return_attention=False):
         q, k, v = self.split_heads(x)
@@ -492,17 +492,46 @@ def learning_rate(progress, peak, warmup=0.05):
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
-def train_step(model, optimizer, x, y, lr, step=0, clip=1.0):
+class MixedPrecision(torch.overrides.TorchFunctionMode):
+    """Inside `with MixedPrecision(dtype):` linear layers multiply in `dtype`. (Page 04.)
+
+    All else, the weights and the results too, keeps the type it has. dtype: torch.bfloat16, say,
+    or None to change nothing. Micikevicius et al. 2018.
+    """
+
+    def __init__(self, dtype=None):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.linear or self.dtype is None:
+            return function(*args, **(kwargs or {}))
+        rounded = [a if a is None else a.to(self.dtype) for a in args]  # input, weight, bias
+        return function(*rounded).to(args[0].dtype)
+
+
+def pick_precision(device):
+    """Return torch.bfloat16 where MixedPrecision makes a step faster, else None. (Page 04.)
+
+    That is on processors that have instructions for it. GPUs have them too, but with a model as
+    small as ours they spend their time elsewhere. device: a torch.device.
+    """
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
+
+
+def train_step(model, optimizer, x, y, lr, step=0, precision=None, clip=1.0):
     """Take one step at learning rate `lr` on the batch `(x, y)`, both `(B, T)`; return its loss.
 
-    Gradients with a norm above `clip` are scaled down to it (Pascanu et al. 2013). Raises
-    FloatingPointError that names `step`, with the weights untouched, if the loss or the norm of
-    the gradients is not finite. (Page 04.)
+    Gradients with a norm above `clip` are scaled down to it (Pascanu et al. 2013). precision: see
+    MixedPrecision. Raises FloatingPointError that names `step`, with the weights untouched, if the
+    loss or the norm of the gradients is not finite. (Page 04.)
     """
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    with MixedPrecision(precision):
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -633,14 +662,14 @@ def validate_and_save(model, validate, history, step, out=None, **state):
 
 
 def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_size=None,
-          starts=None, validate=None, eval_every=200, max_seconds=math.inf, stop_at=None,
-          out=None, tokenizer=None, resume=None, seed=0, on_eval=lambda history: None):
+          starts=None, validate=None, eval_every=200, max_seconds=math.inf, stop_at=None, out=None,
+          tokenizer=None, resume=None, seed=0, precision=None, on_eval=lambda history: None):
     """Train; return the history: {"train_loss": [...], "val_step": [...], "val_loss": [...]}.
 
     Every `eval_every` steps: validate_and_save (None: evaluate on val_ids), on_eval(history). The
     learning rate falls to zero over `steps` or `max_seconds`; `stop_at` pauses before that step;
-    `resume` (a loaded checkpoint) goes on. FloatingPointError if the loss is not finite; the last
-    files stay. starts: see sample_batch. (Page 04.)
+    `resume`, a loaded checkpoint, goes on. block_size: None is max_len. starts: see sample_batch.
+    precision: see train_step. FloatingPointError if the loss is not finite. (Page 04.)
     """
     validate = validate or partial(evaluate, ids=val_ids)
     if not min(steps, batch_size, eval_every, max_seconds) > 0:
@@ -659,9 +688,9 @@ def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_s
         bar.update(progress, f"step {step:,}  {describe(history)}", last)
         if last:
             return history
-        x, y = sample_batch(train_ids, T, batch_size, generator, starts)
-        x, y, rate = x.to(device), y.to(device), learning_rate(progress, lr)
-        history["train_loss"].append(train_step(model, optimizer, x, y, rate, step))
+        x, y = (a.to(device) for a in sample_batch(train_ids, T, batch_size, generator, starts))
+        loss = train_step(model, optimizer, x, y, learning_rate(progress, lr), step, precision)
+        history["train_loss"].append(loss)
 
 
 def describe(history):
@@ -776,8 +805,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     if idx.ndim != 2 or idx.size(1) == 0 or max_new_tokens < 0:
         raise ValueError(f"idx is {tuple(idx.shape)}, max_new_tokens {max_new_tokens}: idx must be "
                          "(B, T) with at least 1 token, max_new_tokens 0 or more")
-    training, T = model.training, idx.size(1)
-    text = F.pad(idx.long(), (0, max_new_tokens), value=0 if stop_id is None else stop_id)
+    training, T, stop = model.training, idx.size(1), -1 if stop_id is None else stop_id
+    text = F.pad(idx.long(), (0, max_new_tokens), value=stop)  # -1: no token stops
     done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     read = cached_reader(model) if use_cache else uncached_reader(model)
     model.eval()
@@ -785,11 +814,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         for t in range(T, T + max_new_tokens):
             probs = next_token_probs(read(text[:, :t]), temperature, top_k, top_p)
             token = draw(probs, generator) if temperature else probs.argmax(-1)  # no dice for 0
-            text[:, t] = token if stop_id is None else torch.where(done, stop_id, token)
-            if stop_id is not None:
-                done |= token == stop_id
-                if done.all():
-                    break
+            text[:, t] = torch.where(done, stop, token)
+            done |= token == stop
+            if done.all():
+                break
     finally:
         model.train(training)
     return text
@@ -898,6 +926,7 @@ def train_command(args):
     """Train as the command line asks; keep checkpoints and the plot in one folder. (Page 05.)"""
     out, device, tokenizer, model, train_ids, val_ids, resume = open_run(args)
     n, V = sum(p.numel() for p in model.parameters()), tokenizer.vocab_size
+    precision = getattr(torch, args.precision) if args.precision else pick_precision(device)
     starts = validate = floor = None
     if args.corpus == "tiny":  # windows begin with a story; whole stories are what is judged
         starts = (train_ids[: -model.max_len] == tokenizer.stoi["\n"]).nonzero().squeeze(1)
@@ -905,14 +934,14 @@ def train_command(args):
         floor = corpus_tools().floor(val_text)
         validate = partial(story_loss, tokenizer=tokenizer, text=val_text)
     print(f"{len(train_ids):,} characters to learn from, {len(val_ids):,} to test on, {V} kinds.\n"
-          f"A model of {n:,} weights, on {device}. A blind guess costs ln {V} = {math.log(V):.2f} "
-          "nats a character.\n")
+          f"A model of {n:,} weights, on {device} ({precision or torch.float32}). "
+          f"A blind guess costs ln {V} = {math.log(V):.2f} nats a character.\n")
     try:
         history = train(
             model, train_ids, val_ids, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
             starts=starts, validate=validate, eval_every=args.eval_every,
             max_seconds=args.max_seconds, stop_at=args.stop_at, out=out, tokenizer=tokenizer,
-            resume=resume, seed=args.seed)
+            resume=resume, seed=args.seed, precision=precision)
     except KeyboardInterrupt:
         sys.exit(f"\nStopped. {out / 'last.pt'} has all up to the last validation; go on with\n  "
                  f"python tinygpt_helpers.py {args.again} --resume --out {shlex.quote(str(out))}")
@@ -970,6 +999,8 @@ def command_line():
     add("--resume", action="store_true", help="go on with the newest run, or the one in --out")
     add("--stop-at", type=int, help="pause before this step; --resume goes on")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--precision", choices=["float32", "bfloat16"], help="what linear layers multiply in while "
+        "they learn (default: bfloat16 where the processor has instructions for it)")
     add = commands.add_parser("generate", help="let a trained model write").add_argument
     add("--checkpoint", help="the model's file (default: the newest runs/*/best.pt)")
     add("--prompt", default="\n", help="what the text begins with (default: a new line)")

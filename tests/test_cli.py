@@ -82,7 +82,8 @@ def test_help_in_a_process_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [("train", ["--corpus", "--steps", "--lr", "--out", "--resume", "--stop-at", "--device"]),
+    [("train", ["--corpus", "--steps", "--lr", "--out", "--resume", "--stop-at", "--device",
+                "--precision"]),
      ("generate", ["--checkpoint", "--prompt", "--temperature", "--top-k", "--top-p", "--seed"])],
 )
 def test_help_of_a_command(call, command, options):
@@ -91,7 +92,8 @@ def test_help_of_a_command(call, command, options):
 
 
 @pytest.mark.parametrize("args", [["dance"], ["train", "--steps", "many"], ["--corpus", "x"],
-                                  ["generate", "--loud"], ["generate", "--top-k", "1.5"]])
+                                  ["generate", "--loud"], ["generate", "--top-k", "1.5"],
+                                  ["train", "--precision", "int8"]])
 def test_a_wrong_option_is_named(call, args):
     status, out, err = call(*args)
     assert status == 2 and out == "" and "error: " in err and args[-1] in err
@@ -155,6 +157,23 @@ def test_characters_that_only_the_validation_text_has_are_left_out(call, tmp_pat
     assert status == 0, err
     assert "4 characters of the validation text" in out
     assert load_checkpoint("o/last.pt")["tokenizer"].vocab_size == 4
+
+
+@pytest.mark.parametrize(("best", "args", "expected"), [
+    (torch.bfloat16, [], torch.bfloat16), (None, [], None),
+    (torch.bfloat16, ["--precision", "float32"], torch.float32),
+    (None, ["--precision", "bfloat16"], torch.bfloat16),
+])
+def test_it_learns_in_the_precision_that_is_asked_for_or_the_best(
+        call, tmp_path, monkeypatch, best, args, expected):
+    seen, train = [], helpers.train
+    monkeypatch.setattr(helpers, "pick_precision", lambda device: best)
+    monkeypatch.setattr(helpers, "train", lambda *a, **k: (seen.append(k["precision"]),
+                                                           train(*a, **k))[1])
+    status, out, err = call("train", "--corpus", small_corpus(tmp_path), "--steps", 2, *args,
+                            *SMALL)
+    assert status == 0, err
+    assert seen == [expected] and f"({expected or torch.float32})" in out
 
 
 def test_time_is_up(call, tmp_path):

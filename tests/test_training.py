@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 import tinygpt_helpers as helpers
 from tinygpt_helpers import (
     CharTokenizer,
+    MixedPrecision,
     NextTokenDataset,
     TinyGPT,
     evaluate,
@@ -31,6 +32,7 @@ from tinygpt_helpers import (
     load_checkpoint,
     load_corpus,
     make_optimizer,
+    pick_precision,
     plot_loss,
     sample_batch,
     save_checkpoint,
@@ -223,6 +225,76 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, where):
     assert same(weights_of(model), before)
 
 
+# ---------------------------------------------------------------- fewer digits
+
+
+def test_linear_layers_multiply_rounded_numbers_and_nothing_else_is_rounded():
+    torch.manual_seed(0)
+    x, w, b = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
+    low = F.linear(x.bfloat16(), w.bfloat16(), b.bfloat16())
+    with MixedPrecision(torch.bfloat16):
+        assert torch.equal(F.linear(x, w, b), low.float())
+        assert F.linear(x, w).dtype == torch.float32
+        assert F.linear(x.double(), w.double()).dtype == torch.float64
+        assert torch.equal(x @ w.T, torch.matmul(x, w.T)) and (x @ w.T).dtype == torch.float32
+        product, norm = x @ w.T, F.layer_norm(x, (8,), weight=None)
+    assert torch.equal(product, x @ w.T) and torch.equal(norm, F.layer_norm(x, (8,)))
+    assert torch.equal(F.linear(x, w), x @ w.T) and not torch.equal(low.float(), x @ w.T + b)
+
+
+def test_mixed_precision_ends_with_its_block_whatever_happens():
+    x, w = torch.randn(5, 8), torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        with MixedPrecision(torch.bfloat16):
+            F.linear(x, w.T)
+    assert torch.equal(F.linear(x, w), x @ w.T)
+
+
+@pytest.mark.parametrize("precision", [None, torch.float32])
+def test_no_fewer_digits_change_nothing(precision):
+    x, y = sample_batch(some_ids(50), 8, 4)
+    one, two = small_model(), small_model()
+    train_step(one, make_optimizer(one, lr=0.01), x, y, lr=0.01)
+    train_step(two, make_optimizer(two, lr=0.01), x, y, lr=0.01, precision=precision)
+    assert same(weights_of(one), weights_of(two))
+
+
+def test_a_step_with_fewer_digits_is_nearly_the_same_step(monkeypatch):
+    x, y = sample_batch(some_ids(50), 8, 4)
+    one, two, types = small_model(), small_model(), []
+    attend = F.scaled_dot_product_attention
+
+    def noting(q, k, v, **options):
+        types.append((q.dtype, k.dtype, v.dtype))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    frozen = [torch.optim.SGD(model.parameters(), lr=0.0) for model in (one, two)]
+    exact = train_step(one, frozen[0], x, y, lr=0.0, clip=1e9)
+    rounded = train_step(two, frozen[1], x, y, lr=0.0, clip=1e9, precision=torch.bfloat16)
+    assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
+    assert types == [(torch.float32,) * 3] * 4  # two layers, two steps
+    for p, q in zip(one.parameters(), two.parameters()):
+        assert q.dtype == q.grad.dtype == torch.float32
+        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize(("device", "able", "expected"), [
+    ("cpu", {"avx512_bf16": True}, torch.bfloat16), ("cpu", {"amx_bf16": True}, torch.bfloat16),
+    ("cpu", {"avx512_bf16": False, "avx2": True}, None), ("cpu", {}, None),
+    ("cuda", {"avx512_bf16": True}, None), ("mps", {"amx_bf16": True}, None),
+])
+def test_fewer_digits_only_where_the_processor_is_faster_with_them(
+        device, able, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert pick_precision(torch.device(device)) is expected
+
+
+def test_a_pytorch_that_does_not_know_the_processor(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert pick_precision(torch.device("cpu")) is None
+
+
 # ---------------------------------------------------------------- train
 
 
@@ -280,6 +352,16 @@ def test_warm_up_and_decay_reach_the_optimiser(monkeypatch):
     assert all(len(set(rate)) == 1 for rate in rates)  # all groups
     assert max(expected) == 0.02 and expected[-1] < 1e-4
     assert all(args[1:3] == (4, 2) for args, _ in seen)
+
+
+def test_the_precision_reaches_every_step(monkeypatch):
+    seen = []
+    record(monkeypatch, "train_step", seen)
+    coarse = run(precision=torch.bfloat16)["train_loss"]
+    monkeypatch.undo()
+    assert len(seen) == 12 and all(torch.bfloat16 in args for args, _ in seen)
+    fine = run()["train_loss"]
+    assert coarse != fine and coarse == pytest.approx(fine, rel=0.05)
 
 
 def test_windows_are_as_long_as_the_model_reads(monkeypatch):
