@@ -18,13 +18,15 @@ import io
 import json
 import math
 import os
+import pickle
 import shlex
 import shutil
 import sys
 import textwrap
 import time
 import urllib.request
-from contextlib import contextmanager
+import zipfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -163,12 +165,15 @@ def split_corpus(text, by_line=False):
     return "".join(lines[:cut]), "".join(lines[cut:])
 
 
-def read_json(path, key):
-    """Return what stands under `key` in a JSON file; ValueError if it is not there. (Page 01.)"""
+def read_json(path, key, valid):
+    """Return what a JSON file has under `key` if valid(it), else raise ValueError. (Page 01.)"""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))[key]
+        value = json.loads(Path(path).read_text(encoding="utf-8"))[key]
+        if valid(value):
+            return value
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{str(path)!r} is damaged or foreign: no JSON with {key!r}") from None
+        pass
+    raise ValueError(f"{str(path)!r} is damaged or foreign: no JSON with good {key!r}")
 
 
 class CharTokenizer:
@@ -200,7 +205,7 @@ class CharTokenizer:
 
     @classmethod
     def load(cls, path):
-        return cls(read_json(path, "characters"))
+        return cls(read_json(path, "characters", lambda text: "".join(sorted(set(text))) == text))
 
 
 # ---------------------------------------------------------------- page 02: windows and batches
@@ -362,14 +367,15 @@ def init_weights(model):
 class TinyGPT(nn.Module):
     """A decoder-only transformer: ids `(B, T)` -> logits `(B, T, vocab_size)`. (Page 03.)
     With return_attention=True also the attention weights `(n_layers, B, n_heads, T, T)`.
-    ValueError: T > max_len, ids outside the vocabulary, d_model not divisible by n_heads."""
+    ValueError: T > max_len, ids outside the vocabulary, sizes that make no model."""
 
     def __init__(self, vocab_size, d_model, n_heads, n_layers, max_len, dropout=0.0):
         super().__init__()
-        if d_model < 1 or n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
-        self.config = dict(vocab_size=vocab_size, d_model=d_model, n_heads=n_heads,
-                           n_layers=n_layers, max_len=max_len, dropout=dropout)
+        sizes = dict(vocab_size=vocab_size, d_model=d_model, n_heads=n_heads, n_layers=n_layers,
+                     max_len=max_len)
+        if min(sizes.values()) < 1 or d_model % n_heads:
+            raise ValueError(f"{sizes}: each must be 1 or more, and d_model divisible by n_heads")
+        self.config = sizes | {"dropout": dropout}
         self.vocab_size, self.max_len = vocab_size, max_len
         self.tokens = nn.Embedding(vocab_size, d_model)
         self.positions = nn.Embedding(max_len, d_model)
@@ -484,8 +490,8 @@ def make_optimizer(model, lr, weight_decay=0.1):
 def learning_rate(progress, peak, warmup=0.05):
     """Return the learning rate at `progress`, the share of the training that is done. (Page 04.)
 
-    A straight line from near zero to `peak` over the first `warmup`, then half a cosine down to
-    zero (Loshchilov and Hutter 2017).
+    A straight line up to `peak` over the first `warmup`, then half a cosine down to zero
+    (Loshchilov and Hutter 2017).
     """
     if progress < warmup:
         return peak * (progress + 0.01) / (warmup + 0.01)
@@ -495,42 +501,45 @@ def learning_rate(progress, peak, warmup=0.05):
 class MixedPrecision(torch.overrides.TorchFunctionMode):
     """Inside `with MixedPrecision(dtype):` linear layers multiply in `dtype`. (Page 04.)
 
-    All else, the weights and the results too, keeps the type it has. dtype: torch.bfloat16, say,
-    or None to change nothing. Micikevicius et al. 2018.
+    What they read is rounded, weights included; what they return is rounded too, but has the type
+    of their input again. All else is left alone. dtype: torch.bfloat16, say. After Micikevicius et
+    al. 2018, who used float16.
     """
 
-    def __init__(self, dtype=None):
+    def __init__(self, dtype):
         super().__init__()
         self.dtype = dtype
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.linear or self.dtype is None:
-            return function(*args, **(kwargs or {}))
-        rounded = [a if a is None else a.to(self.dtype) for a in args]  # input, weight, bias
-        return function(*rounded).to(args[0].dtype)
+        call = self.linear if function is F.linear else function
+        return call(*args, **(kwargs or {}))
+
+    def linear(self, input, weight, bias=None):
+        bias = bias if bias is None else bias.to(self.dtype)
+        return F.linear(input.to(self.dtype), weight.to(self.dtype), bias).to(input.dtype)
 
 
 def pick_precision(device):
-    """Return torch.bfloat16 where MixedPrecision makes a step faster, else None. (Page 04.)
+    """Return torch.bfloat16 if large products are faster with it here, else torch.float32.
 
-    That is on processors that have instructions for it. GPUs have them too, but with a model as
-    small as ours they spend their time elsewhere. device: a torch.device.
+    device: a torch.device. It asks the processor for AVX-512 or AMX instructions, as PyTorch 2.11
+    and later can. GPUs and ARM stay in float32. (Page 04.)
     """
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def train_step(model, optimizer, x, y, lr, step=0, precision=None, clip=1.0):
+def train_step(model, optimizer, x, y, lr, step=0, clip=1.0, precision=None):
     """Take one step at learning rate `lr` on the batch `(x, y)`, both `(B, T)`; return its loss.
 
     Gradients with a norm above `clip` are scaled down to it (Pascanu et al. 2013). precision: see
-    MixedPrecision. Raises FloatingPointError that names `step`, with the weights untouched, if the
-    loss or the norm of the gradients is not finite. (Page 04.)
+    MixedPrecision; None is the weights' own. Raises FloatingPointError that names `step`, with the
+    weights untouched, if the loss or the norm of the gradients is not finite. (Page 04.)
     """
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with MixedPrecision(precision):
+    with MixedPrecision(precision) if precision else nullcontext():
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     optimizer.zero_grad()
     loss.backward()
@@ -606,18 +615,23 @@ def load_checkpoint(path, device="cpu"):
     """
     data = io.BytesIO(Path(path).read_bytes())
     try:
+        if changed := zipfile.ZipFile(data).testzip():  # torch.load does not look at checksums
+            raise ValueError(f"its part {changed} has changed")
+        data.seek(0)
         state = torch.load(data, map_location="cpu", weights_only=True)
         if state["format"] != "tinygpt-1":
             raise KeyError(state["format"])
         model = TinyGPT(**state["config"])
         model.load_state_dict(state["model"])
+        tokenizer = state["tokenizer"] and CharTokenizer(state["tokenizer"])
+        if tokenizer and tokenizer.vocab_size != model.vocab_size:
+            raise ValueError(f"{model.vocab_size} tokens, but {tokenizer.vocab_size} characters")
     except Exception as error:  # torch.load's errors for damaged files are of many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "weights_only" in reason:  # torch advises to load it unsafely: not to be passed on
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it unsafely
             reason = "PyTorch cannot read it safely"
         raise ValueError(f"{str(path)!r} is damaged or no TinyGPT checkpoint: {reason}") from None
-    state["model"] = model.to(device)
-    state["tokenizer"] = state["tokenizer"] and CharTokenizer(state["tokenizer"])
+    state["model"], state["tokenizer"] = model.to(device), tokenizer
     return state
 
 
@@ -663,13 +677,13 @@ def validate_and_save(model, validate, history, step, out=None, **state):
 
 def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_size=None,
           starts=None, validate=None, eval_every=200, max_seconds=math.inf, stop_at=None, out=None,
-          tokenizer=None, resume=None, seed=0, precision=None, on_eval=lambda history: None):
-    """Train; return the history: {"train_loss": [...], "val_step": [...], "val_loss": [...]}.
+          tokenizer=None, resume=None, seed=0, on_eval=lambda history: None, precision=None):
+    """Train; return {"train_loss": [...], "val_step": [...], "val_loss": [...]}. (Page 04.)
 
     Every `eval_every` steps: validate_and_save (None: evaluate on val_ids), on_eval(history). The
     learning rate falls to zero over `steps` or `max_seconds`; `stop_at` pauses before that step;
-    `resume`, a loaded checkpoint, goes on. block_size: None is max_len. starts: see sample_batch.
-    precision: see train_step. FloatingPointError if the loss is not finite. (Page 04.)
+    `resume`, a loaded checkpoint, goes on. FloatingPointError if the loss is not finite; the last
+    files stay. block_size: None is max_len; starts: see sample_batch; precision: see train_step.
     """
     validate = validate or partial(evaluate, ids=val_ids)
     if not min(steps, batch_size, eval_every, max_seconds) > 0:
@@ -689,8 +703,8 @@ def train(model, train_ids, val_ids, steps=1000, batch_size=32, lr=3e-3, block_s
         if last:
             return history
         x, y = (a.to(device) for a in sample_batch(train_ids, T, batch_size, generator, starts))
-        loss = train_step(model, optimizer, x, y, learning_rate(progress, lr), step, precision)
-        history["train_loss"].append(loss)
+        history["train_loss"].append(train_step(
+            model, optimizer, x, y, learning_rate(progress, lr), step, precision=precision))
 
 
 def describe(history):
@@ -769,7 +783,8 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(descending=True, stable=True)
-        beyond = ranked.cumsum(-1) - ranked >= top_p  # the ones before it reach p already
+        before = ranked.cumsum(-1) - ranked
+        beyond = before >= max(top_p, 1e-30)  # the ones before it reach p already
         probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
@@ -802,22 +817,23 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     07). temperature, top_k, top_p: see next_token_probs. ValueError for an empty prompt or a value
     out of range. The model's training mode is left as it was. (Page 05.)
     """
-    if idx.ndim != 2 or idx.size(1) == 0 or max_new_tokens < 0:
+    if idx.ndim != 2 or idx.size(1) == 0 or max_new_tokens < 0 or idx.is_floating_point():
         raise ValueError(f"idx is {tuple(idx.shape)}, max_new_tokens {max_new_tokens}: idx must be "
-                         "(B, T) with at least 1 token, max_new_tokens 0 or more")
-    training, T, stop = model.training, idx.size(1), -1 if stop_id is None else stop_id
-    text = F.pad(idx.long(), (0, max_new_tokens), value=stop)  # -1: no token stops
+                         "(B, T) ids with at least 1 token, max_new_tokens 0 or more")
+    training, text = model.training, F.pad(idx.long(), (0, max_new_tokens), value=stop_id or 0)
     done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     read = cached_reader(model) if use_cache else uncached_reader(model)
     model.eval()
     try:
-        for t in range(T, T + max_new_tokens):
+        for t in range(idx.size(1), text.size(1)):
             probs = next_token_probs(read(text[:, :t]), temperature, top_k, top_p)
             token = draw(probs, generator) if temperature else probs.argmax(-1)  # no dice for 0
-            text[:, t] = torch.where(done, stop, token)
-            done |= token == stop
-            if done.all():
-                break
+            text[:, t] = token
+            if stop_id is not None:
+                text[done, t] = stop_id
+                done |= token == stop_id
+                if done.all():
+                    break
     finally:
         model.train(training)
     return text
@@ -934,24 +950,24 @@ def train_command(args):
         floor = corpus_tools().floor(val_text)
         validate = partial(story_loss, tokenizer=tokenizer, text=val_text)
     print(f"{len(train_ids):,} characters to learn from, {len(val_ids):,} to test on, {V} kinds.\n"
-          f"A model of {n:,} weights, on {device} ({precision or torch.float32}). "
+          f"A model of {n:,} weights, on {device} ({precision}). "
           f"A blind guess costs ln {V} = {math.log(V):.2f} nats a character.\n")
     try:
-        history = train(
-            model, train_ids, val_ids, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
-            starts=starts, validate=validate, eval_every=args.eval_every,
-            max_seconds=args.max_seconds, stop_at=args.stop_at, out=out, tokenizer=tokenizer,
-            resume=resume, seed=args.seed, precision=precision)
+        history = train(model, train_ids, val_ids, args.steps, args.batch_size, args.lr,
+                        starts=starts, validate=validate, out=out, tokenizer=tokenizer,
+                        eval_every=args.eval_every, max_seconds=args.max_seconds, resume=resume,
+                        stop_at=args.stop_at, seed=args.seed, precision=precision)
     except KeyboardInterrupt:
+        if not (out / "last.pt").exists():
+            raise
         sys.exit(f"\nStopped. {out / 'last.pt'} has all up to the last validation; go on with\n  "
                  f"python tinygpt_helpers.py {args.again} --resume --out {shlex.quote(str(out))}")
     if floor:
         report(model, tokenizer, val_text)
     plot_loss(history, floor).savefig(out / "loss.png", dpi=150)
-    hint = ' --prompt "I love "' if args.corpus == "tiny" else ""  # another text may have no "I"
-    best = out / "best.pt"
+    best, prompt = out / "best.pt", ' --prompt "I love "' if floor else ""
     print(f"\nThe loss curve is {out / 'loss.png'}, the model {best}. Let it write:\n"
-          f"  python tinygpt_helpers.py generate --checkpoint {shlex.quote(str(best))}{hint}")
+          f"  python tinygpt_helpers.py generate --checkpoint {shlex.quote(str(best))}{prompt}")
 
 
 def generate_command(args):
@@ -962,7 +978,12 @@ def generate_command(args):
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint or found[-1], device)
     model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
-    idx = torch.tensor([tokenizer.encode(args.prompt)], dtype=torch.long, device=device)
+    if tokenizer is None:
+        raise ValueError(f"{str(args.checkpoint or found[-1])!r} holds no tokenizer to read with")
+    prompt = args.prompt
+    if prompt is None:
+        prompt = "\n" if "\n" in tokenizer.stoi else tokenizer.itos[0]
+    idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
     generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     out = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                    generator)
@@ -980,7 +1001,7 @@ TRAIN_OPTIONS = {  # name: (value if not given, what it is)
     "dropout": (0.0, "the share of activations left out while training"),
     "lr": (7e-3, "the highest learning rate"),
     "eval-every": (500, "steps from one validation, and checkpoint, to the next"),
-    "max-seconds": (math.inf, "end after about so many seconds"),
+    "max-seconds": (math.inf, "end after about so many seconds, counted anew with --resume"),
     "seed": (0, "another number gives another start and other batches"),
 }
 
@@ -990,7 +1011,7 @@ def command_line():
     parser = argparse.ArgumentParser(
         prog="tinygpt_helpers.py", description="Train a tiny GPT and let it write. Without a "
         "command it trains on the course's own stories and shows what it learned, all in about a "
-        "minute and a half.")
+        "minute and a half.", epilog="'train --help' and 'generate --help' explain their options.")
     commands = parser.add_subparsers(dest="command", metavar="{train,generate}")
     add = commands.add_parser("train", help="train a model on a text").add_argument
     for name, (default, meaning) in TRAIN_OPTIONS.items():
@@ -1000,10 +1021,11 @@ def command_line():
     add("--stop-at", type=int, help="pause before this step; --resume goes on")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--precision", choices=["float32", "bfloat16"], help="what linear layers multiply in while "
-        "they learn (default: bfloat16 where the processor has instructions for it)")
+        "they learn (default: bfloat16 where this processor is faster with it, so the same seed "
+        "can give other numbers on another machine)")
     add = commands.add_parser("generate", help="let a trained model write").add_argument
     add("--checkpoint", help="the model's file (default: the newest runs/*/best.pt)")
-    add("--prompt", default="\n", help="what the text begins with (default: a new line)")
+    add("--prompt", help="what the text begins with (default: a new line)")
     add("--max-new-tokens", type=int, default=200, help="how much to write (default 200)")
     add("--temperature", type=float, default=0.7, help="0: the likeliest always; 1: as learned "
         "(default 0.7)")
@@ -1024,6 +1046,8 @@ def main(argv=None):
         command_line().error("a command is missing: train or generate")
     try:
         {"train": train_command, "generate": generate_command}[args.command](args)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 

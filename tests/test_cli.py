@@ -91,6 +91,10 @@ def test_help_of_a_command(call, command, options):
     assert status == 0 and all(option in out for option in options)
 
 
+def test_the_help_says_where_the_options_are(call):
+    assert "'train --help' and 'generate --help'" in " ".join(call("--help")[1].split())
+
+
 @pytest.mark.parametrize("args", [["dance"], ["train", "--steps", "many"], ["--corpus", "x"],
                                   ["generate", "--loud"], ["generate", "--top-k", "1.5"],
                                   ["train", "--precision", "int8"]])
@@ -160,20 +164,41 @@ def test_characters_that_only_the_validation_text_has_are_left_out(call, tmp_pat
 
 
 @pytest.mark.parametrize(("best", "args", "expected"), [
-    (torch.bfloat16, [], torch.bfloat16), (None, [], None),
+    (torch.bfloat16, [], torch.bfloat16), (torch.float32, [], torch.float32),
     (torch.bfloat16, ["--precision", "float32"], torch.float32),
-    (None, ["--precision", "bfloat16"], torch.bfloat16),
+    (torch.float32, ["--precision", "bfloat16"], torch.bfloat16),
 ])
 def test_it_learns_in_the_precision_that_is_asked_for_or_the_best(
         call, tmp_path, monkeypatch, best, args, expected):
-    seen, train = [], helpers.train
-    monkeypatch.setattr(helpers, "pick_precision", lambda device: best)
+    seen, train, here = [], helpers.train, torch.device("cpu:0")
+    monkeypatch.setattr(helpers, "pick_precision", lambda device: best if device == here else 0)
+    monkeypatch.setattr(helpers, "pick_device", lambda name: here)
     monkeypatch.setattr(helpers, "train", lambda *a, **k: (seen.append(k["precision"]),
                                                            train(*a, **k))[1])
     status, out, err = call("train", "--corpus", small_corpus(tmp_path), "--steps", 2, *args,
                             *SMALL)
     assert status == 0, err
-    assert seen == [expected] and f"({expected or torch.float32})" in out
+    assert seen == [expected] and f"on cpu:0 ({expected})" in out
+
+
+def test_a_text_of_one_line_is_written_on_as_the_last_words_say(call, tmp_path):
+    (tmp_path / "line.txt").write_text("the cat and the hat " * 60, encoding="utf-8")
+    status, out, err = call("train", "--corpus", "line.txt", "--steps", 2, *SMALL)
+    assert status == 0, err
+    advice = shlex.split(out.splitlines()[-1])
+    assert advice[:3] == ["python", "tinygpt_helpers.py", "generate"]
+    status, out, err = call(*advice[2:], "--max-new-tokens", 5)
+    assert status == 0 and len(out) == 1 + 5 + 1, err
+
+
+@pytest.mark.parametrize("where", ["validate_and_save", "plot_loss"])
+def test_ctrl_c_before_the_first_checkpoint_or_after_the_last(call, tmp_path, monkeypatch, where):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(helpers, where, interrupted)
+    status, out, err = call("train", "--corpus", small_corpus(tmp_path), "--steps", 2, *SMALL)
+    assert (status, err) == (1, "\nStopped.\n")
 
 
 def test_time_is_up(call, tmp_path):
@@ -256,9 +281,11 @@ WRONG = {
     "no step": ("train --corpus small.txt --out o --steps 0", "steps=0"),
     "no batch": ("train --corpus small.txt --out o --batch-size 0", "batch_size=0"),
     "no validation": ("train --corpus small.txt --out o --eval-every 0", "eval_every=0"),
-    "heads that do not divide": ("train --corpus small.txt --out o --n-heads 7", "n_heads 7"),
-    "no head": ("train --corpus small.txt --out o --n-heads 0", "n_heads 0"),
-    "no window": ("train --corpus small.txt --out o --max-len 0", "0"),
+    "heads that do not divide": ("train --corpus small.txt --out o --n-heads 7", "'n_heads': 7"),
+    "no head": ("train --corpus small.txt --out o --n-heads 0", "'n_heads': 0"),
+    "no window": ("train --corpus small.txt --out o --max-len 0", "'max_len': 0"),
+    "less than no window": ("train --corpus small.txt --out o --max-len -5", "'max_len': -5"),
+    "a model that cannot read": ("generate --checkpoint mute.pt", "mute.pt' holds no tokenizer"),
     "all dropped out": ("train --corpus small.txt --out o --dropout 2", "2"),
     "uphill": ("train --corpus small.txt --out o --lr -1 --device cpu", "-1"),
 }
@@ -270,6 +297,7 @@ def test_an_error_is_one_line(call, trained, case):
     small_corpus(Path.cwd())
     Path("good.pt").write_bytes((trained[0] / "best.pt").read_bytes())
     Path("half.pt").write_bytes((trained[0] / "best.pt").read_bytes()[:5000])
+    helpers.save_checkpoint("mute.pt", helpers.TinyGPT(5, 8, 2, 1, 8))
     Path("latin.txt").write_bytes("naïve".encode("latin-1") * 50)
     Path("empty.txt").touch()
     Path("short.txt").write_text("Too short to learn from, isn't it?\n", encoding="utf-8")

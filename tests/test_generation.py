@@ -101,6 +101,12 @@ def test_top_k_keeps_the_k_likeliest(rows, temperature, k):
         torch.testing.assert_close(after[stays], before[stays] / before[stays].sum())
 
 
+@pytest.mark.parametrize("p", [1e-9, 1e-45, 5e-324])
+def test_the_likeliest_token_always_stays(p):
+    probs = next_token_probs(torch.tensor([[0.1, 0.5, 0.4]]).log(), top_p=p)
+    assert probs.tolist() == [[0, 1, 0]]
+
+
 def test_top_p_and_top_k_by_hand():
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
     for p, expected in [(0.4, [0, 1, 0, 0]), (0.6, [0, 2 / 3, 0, 1 / 3]), (0.8, [0, 5, 1.5, 2.5]),
@@ -184,7 +190,8 @@ def test_as_many_tokens_as_asked_for(new):
     ("idx", "new", "words"),
     [(torch.zeros(1, 0).long(), 3, r"\(1, 0\).*at least 1 token"),
      (torch.zeros(3).long(), 3, r"\(3,\)"), (torch.zeros(1, 2).long(), -1, "max_new_tokens -1"),
-     (torch.tensor([[1, 9]]), 3, "id 9 is outside the vocabulary of 9")],
+     (torch.tensor([[1, 9]]), 3, "id 9 is outside the vocabulary of 9"),
+     (torch.tensor([[1.7, 2.2]]), 3, "ids")],
 )
 def test_a_prompt_that_cannot_be_continued(idx, new, words):
     with pytest.raises(ValueError, match=words):

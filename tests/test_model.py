@@ -255,8 +255,16 @@ def test_ids_that_cannot_be_read(idx, words):
 
 @pytest.mark.parametrize(("d_model", "n_heads"), [(130, 4), (16, 0), (16, -4), (0, 4)])
 def test_a_width_that_the_heads_cannot_share(d_model, n_heads):
-    with pytest.raises(ValueError, match=f"d_model {d_model}.*n_heads {n_heads}"):
+    with pytest.raises(ValueError, match=f"'d_model': {d_model}.*'n_heads': {n_heads}"):
         TinyGPT(65, d_model, n_heads, 4, 64)
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "n_layers", "max_len"])
+def test_a_size_that_makes_no_model(size):
+    sizes = dict(vocab_size=65, d_model=16, n_heads=4, n_layers=4, max_len=64)
+    for wrong in (0, -5):
+        with pytest.raises(ValueError, match=f"'{size}': {wrong}"):
+            TinyGPT(**sizes | {size: wrong})
 
 
 # ---------------------------------------------------------------- the picture

@@ -78,7 +78,9 @@ def test_an_empty_text_has_no_vocabulary():
         CharTokenizer("")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'{"words": "ab"}', b"7"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'{"words": "ab"}', b"7",
+                                     b'{"characters": 5}', b'{"characters": ["ab", "c"]}',
+                                     b'{"characters": "ba"}', b'{"characters": "aab"}'])
 def test_a_damaged_tokenizer_file_is_named(tmp_path, content):
     path = tmp_path / "tok.json"
     path.write_bytes(content)

@@ -228,30 +228,36 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, where):
 # ---------------------------------------------------------------- fewer digits
 
 
-def test_linear_layers_multiply_rounded_numbers_and_nothing_else_is_rounded():
+def rounded_to_bfloat16(tensor):
+    return torch.equal(tensor, tensor.bfloat16().to(tensor.dtype))
+
+
+def test_linear_layers_multiply_rounded_numbers_and_all_else_is_left_alone():
     torch.manual_seed(0)
     x, w, b = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
-    low = F.linear(x.bfloat16(), w.bfloat16(), b.bfloat16())
+    low = F.linear(x.bfloat16(), w.bfloat16(), b.bfloat16()).float()
+    exact, product, norm = F.linear(x, w, b), x @ w.T, F.layer_norm(x, (8,))
     with MixedPrecision(torch.bfloat16):
-        assert torch.equal(F.linear(x, w, b), low.float())
-        assert F.linear(x, w).dtype == torch.float32
+        for got in (F.linear(x, w, b), F.linear(x, w, bias=b), F.linear(input=x, bias=b, weight=w)):
+            assert torch.equal(got, low)
+        assert torch.equal(F.linear(x, w), F.linear(x, w, torch.zeros(3)))
         assert F.linear(x.double(), w.double()).dtype == torch.float64
-        assert torch.equal(x @ w.T, torch.matmul(x, w.T)) and (x @ w.T).dtype == torch.float32
-        product, norm = x @ w.T, F.layer_norm(x, (8,), weight=None)
-    assert torch.equal(product, x @ w.T) and torch.equal(norm, F.layer_norm(x, (8,)))
-    assert torch.equal(F.linear(x, w), x @ w.T) and not torch.equal(low.float(), x @ w.T + b)
+        assert torch.equal(x @ w.T, product)
+        assert torch.equal(F.layer_norm(input=x, normalized_shape=(8,)), norm)
+    assert torch.equal(F.linear(x, w, b), exact) and not torch.equal(low, exact)
 
 
 def test_mixed_precision_ends_with_its_block_whatever_happens():
     x, w = torch.randn(5, 8), torch.randn(3, 8)
+    exact = F.linear(x, w)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         with MixedPrecision(torch.bfloat16):
             F.linear(x, w.T)
-    assert torch.equal(F.linear(x, w), x @ w.T)
+    assert torch.equal(F.linear(x, w), exact) and not rounded_to_bfloat16(exact)
 
 
 @pytest.mark.parametrize("precision", [None, torch.float32])
-def test_no_fewer_digits_change_nothing(precision):
+def test_the_weights_own_precision_changes_nothing(precision):
     x, y = sample_batch(some_ids(50), 8, 4)
     one, two = small_model(), small_model()
     train_step(one, make_optimizer(one, lr=0.01), x, y, lr=0.01)
@@ -259,7 +265,7 @@ def test_no_fewer_digits_change_nothing(precision):
     assert same(weights_of(one), weights_of(two))
 
 
-def test_a_step_with_fewer_digits_is_nearly_the_same_step(monkeypatch):
+def test_a_step_in_mixed_precision_is_nearly_the_same_step(monkeypatch):
     x, y = sample_batch(some_ids(50), 8, 4)
     one, two, types = small_model(), small_model(), []
     attend = F.scaled_dot_product_attention
@@ -272,27 +278,28 @@ def test_a_step_with_fewer_digits_is_nearly_the_same_step(monkeypatch):
     frozen = [torch.optim.SGD(model.parameters(), lr=0.0) for model in (one, two)]
     exact = train_step(one, frozen[0], x, y, lr=0.0, clip=1e9)
     rounded = train_step(two, frozen[1], x, y, lr=0.0, clip=1e9, precision=torch.bfloat16)
-    assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
+    assert rounded == pytest.approx(exact, rel=1e-3) and rounded != exact
     assert types == [(torch.float32,) * 3] * 4  # two layers, two steps
-    for p, q in zip(one.parameters(), two.parameters()):
-        assert q.dtype == q.grad.dtype == torch.float32
+    for (name, p), q in zip(one.named_parameters(), two.parameters()):
+        assert q.dtype == q.grad.dtype == torch.float32 and not rounded_to_bfloat16(p.grad)
         assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.99
+        if "qkv" in name or "proj" in name or "mlp" in name or "head" in name:
+            assert rounded_to_bfloat16(q.grad), name  # the backward products too
 
 
 @pytest.mark.parametrize(("device", "able", "expected"), [
     ("cpu", {"avx512_bf16": True}, torch.bfloat16), ("cpu", {"amx_bf16": True}, torch.bfloat16),
-    ("cpu", {"avx512_bf16": False, "avx2": True}, None), ("cpu", {}, None),
-    ("cuda", {"avx512_bf16": True}, None), ("mps", {"amx_bf16": True}, None),
+    ("cpu", {"avx512_bf16": False, "avx2": True}, torch.float32), ("cpu", {}, torch.float32),
+    ("cuda", {"avx512_bf16": True}, torch.float32), ("mps", {"amx_bf16": True}, torch.float32),
 ])
-def test_fewer_digits_only_where_the_processor_is_faster_with_them(
-        device, able, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+def test_bfloat16_only_where_the_processor_is_faster_with_it(device, able, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert pick_precision(torch.device(device)) is expected
 
 
 def test_a_pytorch_that_does_not_know_the_processor(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert pick_precision(torch.device("cpu")) is None
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert pick_precision(torch.device("cpu")) is torch.float32
 
 
 # ---------------------------------------------------------------- train
@@ -357,11 +364,13 @@ def test_warm_up_and_decay_reach_the_optimiser(monkeypatch):
 def test_the_precision_reaches_every_step(monkeypatch):
     seen = []
     record(monkeypatch, "train_step", seen)
-    coarse = run(precision=torch.bfloat16)["train_loss"]
-    monkeypatch.undo()
-    assert len(seen) == 12 and all(torch.bfloat16 in args for args, _ in seen)
-    fine = run()["train_loss"]
-    assert coarse != fine and coarse == pytest.approx(fine, rel=0.05)
+    coarse = run(precision=torch.bfloat16)
+    assert [options["precision"] for _, options in seen] == [torch.bfloat16] * 12
+    fine = run()
+    assert [options["precision"] for _, options in seen[12:]] == [None] * 12
+    assert coarse["train_loss"] != fine["train_loss"]
+    assert coarse["train_loss"] == pytest.approx(fine["train_loss"], rel=0.05)
+    assert coarse["val_loss"][0] == fine["val_loss"][0]  # it is measured in float32
 
 
 def test_windows_are_as_long_as_the_model_reads(monkeypatch):
@@ -517,12 +526,14 @@ def test_a_model_alone_can_be_saved_but_not_resumed(tmp_path):
 
 
 def damaged(content):
-    """(what was done, bytes): cut at many places, and a bit flipped all along the zip directory."""
+    """(what was done, bytes): cut at many places, or a bit flipped, or zeros in the middle."""
     for cut in (0, 1, 3, 100, len(content) // 2, len(content) - 1000, len(content) - 22,
                 len(content) - 1):
         yield f"cut at {cut}", content[:cut]
     directory, end = content.index(b"PK\x01\x02"), content.rindex(b"PK\x05\x06")
-    for at in [directory, end, end + 1, *range(directory + 1, end, 97)]:
+    middle = len(content) // 2
+    yield "zeros in the middle", content[:middle] + bytes(50) + content[middle + 50 :]
+    for at in [*range(40, directory, 211), directory, end, end + 1, *range(directory + 1, end, 97)]:
         yield f"flipped at {at}", content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
 
 
@@ -539,14 +550,15 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(saved):
             refused += 1
         else:  # such as the date of a part
             assert "flipped" in what and same(weights_of(state["model"]), good), what
-    assert refused > 15, refused
+    assert refused > 0.6 * len(list(damaged(content))), refused
 
 
 @pytest.mark.filterwarnings("ignore")  # torch wonders about the files too
 @pytest.mark.parametrize(
     "foreign",
     [b"Once upon a time\n", b"\x80\x02.", json.dumps({"format": "tinygpt-1"}).encode(),
-     {"a": 1}, [1, 2], torch.zeros(3), {"format": "tinygpt-9"}, {"format": "tinygpt-1"}],
+     {"a": 1}, [1, 2], torch.zeros(3), {"format": "tinygpt-9"}, {"format": "tinygpt-1"},
+     torch.nn.Linear(2, 2)],
     ids=str,
 )
 def test_a_foreign_file_is_named(tmp_path, foreign):
@@ -557,12 +569,14 @@ def test_a_foreign_file_is_named(tmp_path, foreign):
         torch.save(foreign, path)
     with pytest.raises(ValueError, match="foreign.pt.*no TinyGPT checkpoint") as caught:
         load_checkpoint(path)
-    assert "weights_only" not in str(caught.value)  # torch advises to load it unsafely
+    for advice in ("weights_only", "only if you", "\x1b"):  # torch advises to load it unsafely
+        assert advice not in str(caught.value)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(saved):
     state = torch.load(saved.path, weights_only=True)
-    for change in ({"config": state["config"] | {"d_model": 32}},
+    for change in ({"config": state["config"] | {"d_model": 32}}, {"tokenizer": 5},
+                   {"tokenizer": "abc"},
                    {"model": {k: v for k, v in state["model"].items() if k != "norm.bias"}}):
         torch.save(state | change, saved.path)
         with pytest.raises(ValueError, match="model.pt"):
