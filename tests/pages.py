@@ -383,6 +383,19 @@ def parse(source):
     return ast.parse("\n".join(lines))
 
 
+def top_calls(source):
+    """The functions that a cell's own lines call for certain, such as `print` and `plt.show`."""
+    try:
+        lines = parse(source).body
+    except SyntaxError:  # rule_code's business
+        return
+    for node in lines:
+        if isinstance(node, ast.With):
+            lines.extend(node.body)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield ast.unparse(node.value.func)
+
+
 def defined_names(node):
     """The names that one statement defines: a def, a class, or an assignment to plain names."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -466,6 +479,9 @@ def rule_metadata(page):
 
 
 def rule_title(page):
+    for i, cell in page.of_kind("markdown"):  # the other ways to write an H1
+        if re.search(r"^\S.*\n=+\s*$|<h1\b", without_code(cell.source), re.M | re.I):
+            return [page.at(i, "has an H1 that is underlined or HTML; write `# …`")]
     ones = [(i, text) for i, level, text in page.headings() if level == 1]
     if len(ones) != 1 or ones[0][0] != 0:
         where = ", ".join(f"cell {i} {text!r}" for i, text in ones) or "none"
@@ -502,25 +518,40 @@ def rule_heading_levels(page):
 
 
 def rule_sections(page):
-    """Page 00 is the way in and has no lesson to close."""
-    if page.number == 0:
-        return []
+    """Page 00 is the way in: it needs no further reading, and its map comes last."""
     found = []
     twos = [(i, text) for i, level, text in page.headings() if level == 2]
     texts = [text for _, text in twos]
     if not any(i <= 3 and text == OBJECTIVES for i, text in twos):
         found.append(f"{page.name}: no heading `## {OBJECTIVES}` in the first four cells")
-    missing = [name for name in CLOSING if texts.count(name) != 1]
+    first = "\n".join(c.source for i, c in page.of_kind("markdown") if i <= 3)
+    if not re.search(r"\bminutes\b", first):
+        found.append(f"{page.name}: the first four cells do not say how many minutes it takes")
+    closing = CLOSING[:2] if page.number == 0 else CLOSING
+    missing = [name for name in closing if texts.count(name) != 1]
     if missing:
         found.append(
             f"{page.name}: each of these H2 sections should be there once: {', '.join(missing)}"
         )
-    elif texts[-len(CLOSING) :] != CLOSING:
+    elif page.number != 0 and texts[-len(CLOSING) :] != CLOSING:
         found.append(
             f"{page.name}: the page should end with {', '.join(CLOSING)}, "
             f"it ends with {', '.join(texts[-3:])}"
         )
     return found
+
+
+def rule_exercises(page):
+    """Each exercise has a check, which says of the empty stub that nothing was attempted."""
+    starts = [i for i, level, text in page.headings() if (level, text) == (2, "Your turn")]
+    said = [
+        "".join(output.get("text", ""))
+        for i, cell in page.of_kind("code")
+        if starts and i > starts[0]
+        for output in cell.outputs
+    ]
+    n = sum("not attempted" in text for text in said)
+    return [] if n >= 2 else [f"{page.name}: {n} exercises with a check, 2 are the fewest"]
 
 
 def rule_way(page):
@@ -585,8 +616,12 @@ def rule_executed(page):
                     "run the page anew",
                 )
             )
-    if page.of_kind("code") and not any(c.outputs for _, c in page.of_kind("code")):
-        found.append(f"{page.name}: no cell has an output; run the page")
+    for i, cell in page.of_kind("code"):
+        calls = set(top_calls(cell.source))
+        if "plt.show" in calls and not has_image(cell):
+            found.append(page.at(i, "calls plt.show, but no figure is saved; run the page"))
+        if "print" in calls and not cell.outputs:
+            found.append(page.at(i, "prints, but no output is saved; run the page"))
     return found
 
 
@@ -652,6 +687,8 @@ def rule_images(page):
     found = []
     for i, cell in page.of_kind("markdown"):
         text = without_code(cell.source)
+        if tag := re.search(r"<(iframe|video|audio|embed|object|script)\b", text, re.I):
+            found.append(page.at(i, f"has a <{tag[1]}>, which may fetch something; draw a figure"))
         images = IMAGE.findall(text)
         for tag in IMG_TAG.findall(text):
             alt, src = (
@@ -675,8 +712,9 @@ def rule_images(page):
                 found.append(page.at(i, f"image file {src!r} does not exist"))
     for i, cell in page.of_kind("code"):
         for output in cell.outputs:
-            markup = output.get("data", {}).get("text/html", "")
-            if re.search(r"src\s*=\s*[\"']?(https?:)?//", "".join(markup), re.I):
+            data = output.get("data", {})
+            markup = "".join("".join(data.get(f"text/{kind}", "")) for kind in ("html", "markdown"))
+            if re.search(r"(src\s*=\s*[\"']?|!\[[^\]]*\]\(\s*)(https?:)?//", markup, re.I):
                 found.append(page.at(i, "its HTML output fetches something from elsewhere"))
     return found
 
@@ -723,6 +761,8 @@ def anchors(path):
 def broken_links(text, path):
     """What is wrong with the links of a Markdown text that stands in the file `path`."""
     found = []
+    if odd := re.search(r"^ {0,3}\[[^\]]+\]:\s|<a\s[^>]*href", without_code(text), re.M | re.I):
+        found.append(f"link {odd[0].strip()!r}: write `[text](target)`, which is checked")
     for target in LINK.findall(without_code(text)):
         if re.match(r"[a-z]+:|//", target, re.I):
             if not target.startswith("https://"):

@@ -27,6 +27,12 @@ def test_page_keeps_the_rules(path):
     assert not findings, "\n" + "\n".join(findings)
 
 
+@pytest.mark.parametrize("name", ["README.md", "data/README.md"])
+def test_the_links_of_the_texts_beside_the_pages_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert pages.LINK.findall(text) and pages.broken_links(text, ROOT / name) == []
+
+
 # ------------------------------------------------------- a small course that keeps every rule
 
 PNG = "iVBORw0KGgo="
@@ -54,15 +60,28 @@ def shown(data):
 def lesson(number, before, *cells):
     head = f"# {number}. What is it?\n\n[Page before]({before})"
     after = "[Page after](02_b.ipynb)" if number == 1 else ""
-    body = [markdown(f"{head} {after}"), markdown(f"## {pages.OBJECTIVES}\n\nDraw."), *cells]
-    return [*body, *(markdown(f"## {name}\n\nText.") for name in pages.CLOSING)]
+    summary, turn, reading = (markdown(f"## {name}\n\nText.") for name in pages.CLOSING)
+    return [markdown(f"{head} {after}"), aims(), *cells, summary, turn, *exercises(), reading]
+
+
+def aims():
+    return markdown(f"## {pages.OBJECTIVES}\n\nDraw, in 5 minutes.")
+
+
+def exercises():
+    return [code("print(check(f))", stream("not attempted yet\n")) for _ in range(2)]
 
 
 def good_course():
     start = [
         markdown(
             "# 0. Start here\n\n[First page](01_a.ipynb), [its `f`](01_a.ipynb#The-function-f)"
-        )
+        ),
+        aims(),
+        markdown("## Summary"),
+        markdown("## Your turn"),
+        *exercises(),
+        markdown("## The map"),
     ]
     first = lesson(
         1,
@@ -158,8 +177,8 @@ def output(number, k, *outputs):
 
 
 # rule, the change that breaks it, words of the finding. Cells of page 1: 0 title, 1 objectives, 2
-# section, 3 f, 4 print, 5 figure, 6 caption, 7 to 9 closing. Of page 2: 0, 1, 2 imports, 3 code, 4
-# text, 5 to 7 closing.
+# section, 3 f, 4 print, 5 figure, 6 caption, 7, 8 closing, 9, 10 exercises, 11 closing. Of page 2:
+# 0, 1, 2 imports, 3 code, 4 text, 5, 6 closing, 7, 8 exercises, 9 closing.
 def built_later(nbs):
     """Page 1 imports what page 2 builds, and does not say so."""
     insert(1, 3, code("from tinygpt_helpers import h"))(nbs)
@@ -193,12 +212,20 @@ BROKEN = [
     ("rule_title", source(1, 0, "# 11. Which?"), "`# 1. …`"),
     ("rule_title", source(1, 0, "# Which?"), "`# 1. …`"),
     ("rule_title", source(1, 0, "Before\n\n# 1. Which?"), "should start with the H1"),
+    ("rule_title", source(1, 2, "Again\n====="), "underlined or HTML"),
+    ("rule_title", source(1, 2, "<h1>Again</h1>"), "underlined or HTML"),
     ("rule_heading_levels", source(1, 2, "## A\n\n#### B"), "level 4 after level 2"),
     ("rule_sections", source(1, 1, "## Aims"), pages.OBJECTIVES),
     ("rule_sections", insert(1, 1, *(markdown("Text") for _ in range(4))), "first four cells"),
     ("rule_sections", drop(1, -1), "Further reading"),
     ("rule_sections", source(1, -1, "## Summary"), "once: Summary"),
-    ("rule_sections", insert(1, 10, markdown("## More")), "should end with"),
+    ("rule_sections", insert(1, 12, markdown("## More")), "should end with"),
+    ("rule_sections", source(1, 1, f"## {pages.OBJECTIVES}"), "how many minutes"),
+    ("rule_sections", source(0, 1, "Draw, in 5 minutes."), pages.OBJECTIVES),
+    ("rule_sections", drop(0, 2), "once: Summary"),
+    ("rule_exercises", drop(1, 9), "1 exercises with a check"),
+    ("rule_exercises", output(0, 0, stream("correct")), "1 exercises with a check"),
+    ("rule_exercises", source(0, 3, "## My turn"), "0 exercises with a check"),
     ("rule_way", source(1, 0, "# 1. A [before](00_start.ipynb)"), "no link to its neighbour 02_b"),
     ("rule_way", source(1, 0, "# 1. A [after](02_b.ipynb)"), "no link to its neighbour 00_start"),
     ("rule_code", source(1, 3, " \n"), "empty code cell"),
@@ -216,7 +243,9 @@ BROKEN = [
         lambda nbs: code_cells(nbs[1])[0].update(execution_count=None),
         "number None, should be 1",
     ),
-    ("rule_executed", output(2, 0), "no cell has an output"),
+    ("rule_executed", output(1, 1), "prints, but no output"),
+    ("rule_executed", source(1, 3, "plt.show()"), "no figure is saved"),
+    ("rule_executed", source(1, 3, "with a:\n    print(1)"), "prints, but no output"),
     (
         "rule_outputs",
         output(1, 0, new_output("error", ename="KeyError", evalue="x", traceback=[])),
@@ -255,6 +284,12 @@ BROKEN = [
         output(1, 0, shown({"text/html": '<img src="https://example.org/a.png">'})),
         "HTML output fetches",
     ),
+    ("rule_images", source(1, 2, '<iframe src="https://example.org">'), "<iframe>"),
+    (
+        "rule_images",
+        output(1, 0, shown({"text/markdown": "![a](https://example.org/a.png)"})),
+        "HTML output fetches",
+    ),
     ("rule_captions", source(1, 6, "The dot is in the middle."), "**Figure 1.1.**"),
     ("rule_captions", source(1, 6, "**Figure 1.2.** The dot is in the middle."), "**Figure 1.1.**"),
     ("rule_captions", source(1, 6, "**Figure 1.1.** A dot."), "finding in a sentence"),
@@ -266,6 +301,8 @@ BROKEN = [
     ("rule_links", source(1, 2, "[x](../README.md#nowhere)"), "no such heading"),
     ("rule_links", source(1, 2, "[![a dot](dot.png)](03_c.ipynb)"), "there is no 03_c.ipynb"),
     ("rule_links", source(1, 2, "[x](http://example.org)"), "should be https"),
+    ("rule_links", source(1, 2, "[x][1]\n\n[1]: 03_c.ipynb"), "which is checked"),
+    ("rule_links", source(1, 2, '<a href="03_c.ipynb">x</a>'), "which is checked"),
     ("rule_imports", source(2, 2, "## Imports\n\n`f` is nice."), "imports f; an Imports note"),
     (
         "rule_imports",
