@@ -502,6 +502,13 @@ def test_data_card_states_the_facts(card, facts, verdicts):
     assert stated == {k: f"{v:,}" if isinstance(v, int) else str(v) for k, v in known.items()}
 
 
+def test_knowing_that_no_story_comes_again_saves_next_to_nothing(card, verdicts, facts):
+    known = sum(math.exp(v.log_prob) for v in verdicts[: facts["train stories"]])
+    saved = -facts["validation stories"] * math.log(1 - known) / facts["validation characters"]
+    assert 0 < saved < float(facts["validation floor, nats per character"]) / 400
+    assert "less than a four-hundredth of the validation floor" in card
+
+
 def test_data_card_lists_the_shapes(card, verdicts):
     rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d[\d,]*) \| ([^|]+) \| ([^|]+) \|$", card, re.M)
     assert [r[0] for r in rows] == list(corpus.SHAPES)
