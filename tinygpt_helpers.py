@@ -522,7 +522,7 @@ class MixedPrecision(torch.overrides.TorchFunctionMode):
 def pick_precision(device):
     """Return torch.bfloat16 if large products are faster with it here, else torch.float32.
 
-    device: a torch.device. It asks the processor for AVX-512 or AMX instructions, as PyTorch 2.11
+    device: a torch.device. It asks the processor for bfloat16 in AVX-512 or AMX, as PyTorch 2.11
     and later can. GPUs and ARM stay in float32. (Page 04.)
     """
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
