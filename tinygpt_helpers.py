@@ -249,7 +249,8 @@ def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
                          f"needs {block_size + 1}")
     places = len(ids) - block_size if starts is None else len(starts)
     at = torch.randint(places, (batch_size,), generator=generator).to(ids.device)
-    windows = ids.unfold(0, block_size + 1, 1)[at if starts is None else starts[at]]  # (B, T + 1)
+    at = at if starts is None else starts[at]
+    windows = ids.unfold(0, block_size + 1, 1).index_select(0, at)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 

@@ -63,7 +63,7 @@ def batches(quick):
     """One gather for all windows, against a DataLoader that asks for each window."""
     ids, T, n = torch.randint(65, (200_000,)), 64, 20 if quick else 100
     ds = NextTokenDataset(ids, T)
-    for B, aim in [(12, ""), (64, ""), (256, "20 or more")]:
+    for B, aim in [(12, ""), (64, "20 or more"), (256, "20 or more")]:
         # with replacement, as sample_batch draws: no time goes into shuffling all windows first
         sampler = torch.utils.data.RandomSampler(ds, replacement=True, num_samples=B * n)
         loader = torch.utils.data.DataLoader(ds, batch_size=B, sampler=sampler)
