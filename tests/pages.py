@@ -616,6 +616,8 @@ def rule_executed(page):
                     "run the page anew",
                 )
             )
+    if page.of_kind("code") and not any(c.outputs for _, c in page.of_kind("code")):
+        found.append(f"{page.name}: no cell has an output; run the page")
     for i, cell in page.of_kind("code"):
         calls = set(top_calls(cell.source))
         if "plt.show" in calls and not has_image(cell):

@@ -243,6 +243,11 @@ BROKEN = [
         lambda nbs: code_cells(nbs[1])[0].update(execution_count=None),
         "number None, should be 1",
     ),
+    (
+        "rule_executed",
+        lambda nbs: [cell.update(outputs=[]) for cell in code_cells(nbs[2])],
+        "no cell has an output",
+    ),
     ("rule_executed", output(1, 1), "prints, but no output"),
     ("rule_executed", source(1, 3, "plt.show()"), "no figure is saved"),
     ("rule_executed", source(1, 3, "with a:\n    print(1)"), "prints, but no output"),
