@@ -6,12 +6,13 @@ RUN := $(VENV)/bin/python
 # Written when the build is complete: an interrupted build leaves no stamp and is begun anew.
 STAMP := $(VENV)/.built
 
-.PHONY: help lab train test bench pages check lint corpus model picture clean
+.PHONY: help lab train test bench module pages check lint corpus model picture clean
 help:
 	@echo "make lab      open the pages in JupyterLab"
 	@echo "make train    train and sample at the command line (ARGS=--help lists the options)"
 	@echo "make test     run the tests and check every page (ARGS=... goes to pytest)"
 	@echo "make bench    measure speed, as ratios"
+	@echo "make module   write tinygpt_helpers.py from the finished cells of the pages"
 	@echo "make pages    run every page anew and save it with its outputs (PAGES=\"01 02\": only these)"
 	@echo "make check    say what breaks a rule of a page (PAGES=... as above)"
 	@echo "make lint     look for mistakes in the code"
@@ -40,13 +41,16 @@ lab: $(STAMP)
 	cd notebooks && ../$(RUN) -m jupyterlab 00_start_here.ipynb
 
 train: $(STAMP)
-	$(RUN) tinygpt_helpers.py $(ARGS)
+	$(RUN) train.py --max-seconds 85 $(ARGS)
 
 test: $(STAMP)
 	$(RUN) -m pytest $(ARGS)
 
 bench: $(STAMP)
 	$(RUN) tests/bench.py $(ARGS)
+
+module: $(STAMP)
+	$(RUN) tests/pages.py module
 
 pages: $(STAMP)
 	$(RUN) tests/pages.py run $(PAGES)

@@ -24,6 +24,7 @@ import os
 import random
 import re
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -534,6 +535,22 @@ def score_stories(texts) -> dict:
         asked = [getattr(v, skill) for v in verdicts if getattr(v, skill) is not None]
         scores[skill] = sum(asked) / len(asked) if asked else math.nan
     return {**scores, "n": len(verdicts)}
+
+
+def report(loss: float, floor: float, stories: list) -> None:
+    """Print how a model did: its loss beside the floor, its stories' skills, three of them."""
+    print(f"\nStories it never saw cost it {loss:.3f} nats per character. The floor, which no\n"
+          f"model beats on average, is {floor:.3f}; this ends {loss / floor - 1:.0%} above it.")
+    print(f"\nOf {len(stories)} stories that it writes at temperature 0.7:")
+    scores = score_stories(stories)
+    for skill, meaning in [("spelled", "have only words of the corpus"),
+                           ("grammatical", "are whole stories without a grammar mistake"),
+                           ("remembers", "remember, of those that should or are ungrammatical"),
+                           ("counts", "count right, of those that should or are ungrammatical")]:
+        print(f"  {scores[skill]:4.0%} {meaning}")
+    print("\nThree of them:")
+    for story in stories[:3]:
+        print(textwrap.fill(story, 92, initial_indent="  ", subsequent_indent="    "))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ temperature 0.7 that are spelled, grammatical, remember and count, and what it m
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +18,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the folder above holds tinygpt_helpers.py
 import tinygpt_helpers as tiny  # noqa: E402
+from data import make_tiny_corpus as judge  # noqa: E402
+from train import story_recipe  # noqa: E402
 
 STEPS, EVERY = 4000, 160
 SETTINGS = dict(steps=STEPS, batch_size=12, lr=4e-3, eval_every=EVERY, seed=0)
@@ -35,7 +36,7 @@ def make_model(folder, stop_at=STEPS, quick=False):
     ids = torch.tensor(tokenizer.encode(train_text))
     torch.manual_seed(0)
     model = tiny.TinyGPT(tokenizer.vocab_size, d_model=128, n_heads=4, n_layers=3, max_len=192)
-    judge, n_stories = tiny.corpus_tools(), 2 if quick else 200
+    n_stories = 2 if quick else 200
     if quick:
         val_text = "".join(val_text.splitlines(keepends=True)[:20])
     diary = {"floor": judge.floor(val_text), "step": [], "story_loss": [], "sample": []}
@@ -53,8 +54,7 @@ def make_model(folder, stop_at=STEPS, quick=False):
 
     history = tiny.train(
         model, ids, None, **SETTINGS, stop_at=stop_at, on_eval=write_down,
-        starts=(ids[: -model.max_len] == tokenizer.stoi["\n"]).nonzero().squeeze(1),
-        validate=partial(tiny.story_loss, tokenizer=tokenizer, text=val_text))
+        **story_recipe(tokenizer, ids, val_text, model.max_len))
     diary["train_loss"] = [round(loss, 4) for loss in history["train_loss"]]
     tiny.save_checkpoint(folder / "tiny_model.pt", model, step=stop_at, tokenizer=tokenizer)
     tiny.write_atomically(folder / "tiny_model.json", json.dumps(diary, indent=0).encode())

@@ -1,12 +1,10 @@
-"""The page tool: makes, runs, checks and draws the course's notebooks.
+"""The page tool: runs, checks and draws the course's pages, and writes the module from them.
 
-    pages.py from-py FILE.py...          make or update notebooks/NAME.ipynb from percent format
-    pages.py to-py [NAME...] --out DIR   the way back: write NAME.py
     pages.py run [NAME...]               run from a fresh kernel, clean, save with outputs
     pages.py check [NAME...]             print what breaks a rule of a page (RULES, below)
     pages.py html [NAME...] --out DIR    render to HTML, and to PNG where Chromium is there
+    pages.py module [--check]            write tinygpt_helpers.py, or show how it differs
 
-Percent format is jupytext's: a Python file whose cells begin with `# %%` or `# %% [markdown]`.
 No NAME means every page. NAME may be `01_tokenizer`, `01_tokenizer.ipynb` or `01`.
 """
 
@@ -14,7 +12,6 @@ import argparse
 import ast
 import copy
 import difflib
-import hashlib
 import os
 import re
 import shutil
@@ -25,900 +22,478 @@ from urllib.parse import unquote
 
 import nbformat
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = ROOT / "notebooks"
-
-KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+MODULE = "tinygpt_helpers"
+MARK = f"# → {MODULE}.py"  # the first line of a finished cell; the module is made of these
 # Without Python's version: it would change with every machine that saves the page.
-LANGUAGE_INFO = {
-    "codemirror_mode": {"name": "ipython", "version": 3},
-    "file_extension": ".py",
-    "mimetype": "text/x-python",
-    "name": "python",
-    "nbconvert_exporter": "python",
-    "pygments_lexer": "ipython3",
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"codemirror_mode": {"name": "ipython", "version": 3}, "name": "python",
+                      "file_extension": ".py", "mimetype": "text/x-python",
+                      "nbconvert_exporter": "python", "pygments_lexer": "ipython3"},
 }
-KEPT_CELL_METADATA = {"tags"}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-# What a reader of the saved page sees in a widget's place.
-WIDGET_NOTE = "[interactive control: run this cell to use it]"
+WIDGET_NOTE = "[interactive control: run this cell to use it]"  # what the saved page has instead
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A place on one machine. `/tmp/ipykernel_…` is what a warning or a traceback shows.
 MACHINE_PATH = re.compile(
-    r"(?<![\w.:/])/(?:home|root|tmp|work|opt|Users|private|mnt|var)/\w|\b[A-Za-z]:\\+Users\b"
-)
+    r"(?<![\w.:/])/(?:home|root|tmp|work|opt|Users|private|mnt|var)/\w|\b[A-Za-z]:\\+Users\b")
 
 
-# ---------------------------------------------------------------- reading and writing
+# ---------------------------------------------------------------- reading, writing, running
 
 
 def find_pages(names, folder=NOTEBOOKS):
     """The paths of the named pages, or of all; SystemExit for a name that fits none or several."""
-    every = sorted(p for p in folder.glob("*.ipynb") if not p.name.startswith("."))
-    if not names:
-        if not every:
-            raise SystemExit(f"no pages in {folder.name}/")
-        return every
-    found = []
-    for name in names:
-        stem = Path(name).name.removesuffix(".ipynb")
-        hits = [p for p in every if p.stem == stem] or [
-            p for p in every if p.stem.startswith(stem + "_")
-        ]
-        if len(hits) != 1:
-            raise SystemExit(
-                f"{name!r} fits {len(hits)} pages; there are: "
-                + (", ".join(p.stem for p in every) or "none")
-            )
-        found += hits
+    every = sorted(folder.glob("[!.]*.ipynb"))
+    found = [] if names else every
+    for stem in (Path(name).name.removesuffix(".ipynb") for name in names):
+        hits = [p for p in every if f"{p.stem}_".startswith(f"{stem}_")]
+        found += hits if len(hits) == 1 else [p for p in hits if p.stem == stem]
+    if not found or len(found) < len(names):
+        raise SystemExit(f"{folder.name}/ has {', '.join(p.stem for p in every) or 'no pages'}; "
+                         f"{' '.join(names)} should name one each")
     return found
 
 
-def save(nb, path):
-    """Write the notebook in one step: a reader sees the old page or the new one, never half."""
-    nbformat.validate(nb)
-    text = nbformat.writes(nb)
+def write(path, text):
+    """Write a file in one step: a reader sees the old text or the new one, never half."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
 
 
-def clean(nb):
-    """Strip, in place, what differs between machines; keep sources, ids, tags and outputs."""
-    nb.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": LANGUAGE_INFO})
-    nb.nbformat, nb.nbformat_minor = 4, 5
+def save(nb, path):
+    """Write the notebook without what differs between machines: sources, ids, tags, outputs."""
+    nb.metadata, nb.nbformat, nb.nbformat_minor = nbformat.from_dict(METADATA), 4, 5
     for cell in nb.cells:
-        cell.metadata = nbformat.from_dict(
-            {k: v for k, v in cell.metadata.items() if k in KEPT_CELL_METADATA}
-        )
-        if cell.cell_type != "code":
-            continue
-        for output in cell.outputs:
-            data = output.get("data", {})
-            if WIDGET_VIEW in data:
-                # The widget's state is not kept, so its view is an empty box on every static viewer
-                # and its text/plain a line of Python. One plain note tells the reader what is
-                # missing.
-                output.data = nbformat.from_dict({"text/plain": WIDGET_NOTE})
-                output.metadata = nbformat.from_dict({})
-    return nb
+        for key in set(cell.metadata) - {"tags"}:
+            del cell.metadata[key]
+        for output in cell.get("outputs", []):
+            if WIDGET_VIEW in output.get("data", {}):  # an empty box on every static viewer
+                output.update(data={"text/plain": WIDGET_NOTE}, metadata={})
+    nbformat.validate(nb)
+    write(path, nbformat.writes(nb).rstrip("\n") + "\n")
 
 
-# ---------------------------------------------------------------- percent format
-
-
-def new_id(stem, cell, taken):
-    """A short id that depends on the page and the cell's text alone, so that two runs agree."""
-    for turn in range(10_000):
-        digest = hashlib.sha256(
-            f"{stem}\0{cell.cell_type}\0{cell.source}\0{turn}".encode()
-        ).hexdigest()[:8]
-        if digest not in taken:
-            return digest
-    raise RuntimeError("no free cell id")
-
-
-def keep_from_old(stem, nb, old):
-    """Give the cells of nb the ids, and where the text is the same the outputs, of the old page."""
-    olds = old.cells if old else []
-    taken, partner = set(), {}
-    same = difflib.SequenceMatcher(
-        a=[(c.cell_type, c.source) for c in olds],
-        b=[(c.cell_type, c.source) for c in nb.cells],
-        autojunk=False,
-    )
-    for kind, a0, a1, b0, b1 in same.get_opcodes():
-        if kind in ("equal", "replace"):
-            partner.update(
-                {
-                    j: olds[i]
-                    for i, j in zip(range(a0, a1), range(b0, b1), strict=False)
-                    if olds[i].cell_type == nb.cells[j].cell_type
-                }
-            )
-    # A cell that moved is still the same cell.
-    used = {id(c) for c in partner.values()}
-    for j, cell in enumerate(nb.cells):
-        if j not in partner or partner[j].source != cell.source:
-            moved = [
-                c
-                for c in olds
-                if id(c) not in used and (c.cell_type, c.source) == (cell.cell_type, cell.source)
-            ]
-            if moved:
-                partner[j] = moved[0]
-                used.add(id(moved[0]))
-    for j, was in partner.items():
-        if was.get("id") and was.id not in taken:
-            nb.cells[j].id = was.id
-            taken.add(was.id)
-        else:
-            nb.cells[j].id = ""
-    for j, cell in enumerate(nb.cells):
-        if j not in partner or not cell.id:
-            cell.id = new_id(stem, cell, taken)
-            taken.add(cell.id)
-        was = partner.get(j)
-        if was is not None and "attachments" in was:
-            cell.attachments = was.attachments
-        if cell.cell_type == "code" and was is not None and was.source == cell.source:
-            cell.outputs, cell.execution_count = was.outputs, was.execution_count
-    return nb
-
-
-def from_py(path, folder=NOTEBOOKS):
-    """Make or update the page of the same name from a percent-format file; returns its path."""
-    import jupytext
-
-    path = Path(path)
-    nb = jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
-    target = folder / f"{path.stem}.ipynb"
-    old = nbformat.read(target, as_version=4) if target.exists() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    save(clean(keep_from_old(path.stem, nb, old)), target)
-    return target
-
-
-def to_py(page, out):
-    """Write the page's cells in percent format, without ids and outputs; returns the path."""
-    import jupytext
-
-    nb = nbformat.read(page, as_version=4)
-    nb.metadata = nbformat.from_dict({"jupytext": {"notebook_metadata_filter": "-all"}})
-    target = Path(out) / f"{page.stem}.py"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(jupytext.writes(nb, fmt="py:percent"), encoding="utf-8")
-    return target
-
-
-# ---------------------------------------------------------------- running
+def output_text(*outputs):
+    """All text of outputs: streams, tracebacks, and every text mimetype."""
+    values = [value for o in outputs for value in
+              [o.get("text", ""), *o.get("traceback", []),
+               *(v for k, v in o.get("data", {}).items() if "text/" in k or "svg" in k)]]
+    return "\n".join("".join(value) for value in values)
 
 
 def run(page, timeout=600):
     """Run the page from a fresh kernel, as a learner does, and save it; returns the seconds.
-
     Raises RuntimeError, and leaves the file as it was, where a cell fails, an output names a
-    place on this machine, or somebody changed the page while it ran.
-    """
+    place on this machine, or somebody changed the page while it ran."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-
-    before = page.read_bytes()
+    before, start = page.read_bytes(), time.perf_counter()
     nb = nbformat.reads(before.decode("utf-8"), as_version=4)
     os.environ.pop("MPLBACKEND", None)  # a backend set outside would keep figures out of the page
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    start = time.perf_counter()
-    client = NotebookClient(
-        nb,
-        timeout=timeout,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(page.parent)}},
-        coalesce_streams=True,
-        record_timing=False,
-    )
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+                            record_timing=False, resources={"metadata": {"path": str(page.parent)}})
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        raise RuntimeError(f"{page.stem}: a cell failed, the page is not saved\n{error}") from None
+        raise RuntimeError(f"{page.stem} is not saved: a cell failed\n{error}") from None
     seconds = time.perf_counter() - start
-    # What a widget's callback prints goes to the widget, not to the cell: an error there would stay
-    # unseen.
-    for state in client.widget_state.values():
-        for output in state.get("outputs") or []:
-            if output["output_type"] == "error" or output.get("name") == "stderr":
-                raise RuntimeError(
-                    f"{page.stem}: a widget's callback failed, not saved\n{output_text(output)}"
-                )
-    clean(nb)
-    for number, cell in enumerate(nb.cells):
-        for output in cell.get("outputs", []):
-            hit = MACHINE_PATH.search(output_text(output))
-            if hit:
-                around = output_text(output)[max(0, hit.start() - 40) : hit.end() + 60]
-                raise RuntimeError(
-                    f"{page.stem}: cell {number} prints a path of this machine, not saved: "
-                    f"…{around}…"
-                )
+    # What a widget's callback prints goes to the widget, not to the cell.
+    said = [o for state in client.widget_state.values() for o in state.get("outputs") or []]
+    wrong = [f"a widget's callback failed: {output_text(o)}" for o in said
+             if o["output_type"] == "error" or o.get("name") == "stderr"]
+    texts = [output_text(*cell.get("outputs", [])) for cell in nb.cells]
+    wrong += [f"cell {i} prints a path of this machine: …{text[max(0, hit.start() - 40) :][:100]}…"
+              for i, text in enumerate(texts) if (hit := MACHINE_PATH.search(text))]
     if page.read_bytes() != before:
-        raise RuntimeError(f"{page.stem}: the file changed while it ran, not saved; run it again")
+        wrong.append("the file changed while it ran; run it again")
+    if wrong:
+        raise RuntimeError(f"{page.stem} is not saved: {wrong[0]}")
     save(nb, page)
     return seconds
 
 
-def output_text(output):
-    """All text of one output: stream, traceback, and every text mimetype."""
-    parts = [output.get("text", ""), "\n".join(output.get("traceback", []))]
-    for kind, value in output.get("data", {}).items():
-        if kind.startswith("text/") or kind == "image/svg+xml":
-            parts.append("".join(value))
-    return "\n".join("".join(p) for p in parts)
-
-
-# ---------------------------------------------------------------- looking
-
-
 def html(page, out):
-    """Render the page to HTML. Returns the file's path."""
+    """Render the page to HTML and, where there is Chromium, to full-page pictures beside it."""
     from nbconvert import HTMLExporter
-
-    out.mkdir(parents=True, exist_ok=True)
-    exporter = HTMLExporter()
-    exporter.exclude_anchor_links = True
-    body, _ = exporter.from_filename(
-        str(page), resources={"metadata": {"path": str(page.parent), "name": page.stem}}
-    )
-    target = out / f"{page.stem}.html"
-    target.write_text(body, encoding="utf-8")
-    return target
-
-
-def screenshots(files):
-    """Full-page pictures, wide and narrow, beside each HTML file; none without Chromium."""
-    chromium = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
     try:
         from playwright.sync_api import sync_playwright
-    except ImportError:
+        chromium = next(filter(None, map(shutil.which, BROWSERS)))
+    except (ImportError, StopIteration):
         chromium = None
-    if chromium is None:
-        print("no Chromium or no playwright here: HTML only")
-        return []
-    made = []
-    with sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        for label, width in (("wide", 1200), ("narrow", 480)):
+    out.mkdir(parents=True, exist_ok=True)
+    target = out.resolve() / f"{page.stem}.html"
+    text, _ = HTMLExporter(exclude_anchor_links=True).from_filename(str(page))
+    target.write_text(text, encoding="utf-8")
+    print("wrote", target)
+    for label, width in (("wide", 1200), ("narrow", 480)) if chromium else ():
+        with sync_playwright() as p, p.chromium.launch(executable_path=chromium) as browser:
             tab = browser.new_page(viewport={"width": width, "height": 900})
-            tab.route(
-                re.compile("^https?:"), lambda route: route.abort()
-            )  # what a page shows offline
-            for file in files:
-                tab.goto(file.resolve().as_uri())
-                target = file.with_name(f"{file.stem}.{label}.png")
-                tab.screenshot(path=target, full_page=True)
-                made.append(target)
-        browser.close()
-    return made
-
-
-# ---------------------------------------------------------------- the rules of a page
-#
-# Each rule takes a Page and returns its findings as sentences: which cell, what is wrong, what
-# would be right.
-
-MODULE = "tinygpt_helpers"
-MAX_LINES, MAX_WIDTH, MAX_RUN, MAX_BYTES = 30, 100, 4, 1_500_000
-OBJECTIVES = "What you will be able to do"
-CLOSING = ["Summary", "Your turn", "Further reading"]
-ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{8,}")
-IMAGE = re.compile(r"!\[([^\]]*)\]\(\s*<?([^)\s>]+)>?[^)]*\)")
-IMG_TAG = re.compile(r"<img\b[^>]*>", re.I)
-# The target may hold one pair of brackets: `02_data.ipynb#Batches-(B,-T)`.
-LINK = re.compile(
-    r"(?<!!)\[(?:[^\[\]]|\[[^\]]*\]|!\[[^\]]*\]\([^)]*\))*\]\(\s*<?((?:[^()\s<>]|\([^()\s]*\))+)>?[^)]*\)"
-)
+            tab.route(re.compile("^https?:"), lambda route: route.abort())  # what it shows offline
+            tab.goto(target.as_uri())
+            tab.screenshot(path=target.with_suffix(f".{label}.png"), full_page=True)
 
 
 class Page:
     """One notebook, with what several rules ask of it."""
-
     def __init__(self, path):
-        self.path = Path(path)
-        self.name = self.path.stem
-        # Not nbformat.read: it mends missing and doubled ids in silence, and the rules should see
-        # them.
+        self.path, self.name = Path(path), Path(path).stem
+        # Not nbformat.read: it mends missing and doubled ids in silence; the rules should see them.
         self.nb = nbformat.v4.reads(self.path.read_text(encoding="utf-8"))
         self.cells = self.nb.get("cells", [])
-        digits = re.match(r"\d+", self.name)
-        self.number = int(digits.group()) if digits else None
+        self.code, self.markdown = (
+            [(i, c) for i, c in enumerate(self.cells) if c.cell_type == kind]
+            for kind in ("code", "markdown"))
+        self.finished = [(i, c.source.partition("\n")[2]) for i, c in self.code
+                         if c.source.split("\n")[0] == MARK]  # without the mark
+        self.headings = [(i, *head) for i, c in self.markdown for head in headings(c.source)]
+        self.figures = [i for i, c in self.code if "image/" in " ".join(
+            kind for o in c.outputs for kind in o.get("data", {}))]
+        self.neighbours = sorted(self.path.parent.glob("[0-9]*.ipynb"))  # and itself
+        self.number = int((re.match(r"\d+", self.name) or "9")[0])
 
     def at(self, i, what):
-        return f"{self.name}, cell {i} (id {self.cells[i].get('id', 'none')}): {what}"
-
-    def of_kind(self, kind):
-        return [(i, c) for i, c in enumerate(self.cells) if c.cell_type == kind]
-
-    def headings(self):
-        """(cell, level, text) of each heading, code blocks left out."""
-        return [
-            (i, len(m[1]), m[2].strip().rstrip("#").strip())
-            for i, cell in self.of_kind("markdown")
-            for m in re.finditer(r"^(#{1,6})\s+(.*)$", without_code_blocks(cell.source), re.M)
-        ]
-
-    def tagged(self, tag):
-        return [(i, c) for i, c in self.of_kind("code") if tag in c.metadata.get("tags", [])]
-
-    def neighbours(self):
-        """The other pages of the folder, in order, this one included."""
-        return sorted(p for p in self.path.parent.glob("[0-9]*.ipynb"))
+        """One finding as a sentence; i is the cell's number, None for the page as a whole."""
+        cell = "" if i is None else f", cell {i} (id {self.cells[i].get('id', 'none')})"
+        return f"{self.name}{cell}: {what}"
 
 
-def without_code_blocks(text):
-    return re.sub(r"^( *)(```|~~~).*?^\1\2[^\n]*$", "", text, flags=re.M | re.S)
+def without_code(text, inline=True):
+    text = re.sub(r"^( *)(```|~~~).*?^\1\2[^\n]*$", "", text, flags=re.M | re.S)
+    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text, flags=re.S) if inline else text
 
 
-def without_code(text):
-    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", without_code_blocks(text), flags=re.S)
+def headings(text):
+    """(level, text) of each heading of a Markdown text."""
+    found = re.findall(r"^(#{1,6})\s+(.*?)[ #]*$", without_code(text, inline=False), re.M)
+    return [(len(marks), words) for marks, words in found]
 
 
-def plain(heading):
-    """A heading's text as it is shown: without backticks, stars and link targets."""
-    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
-
-
-def has_image(cell):
-    return any(k.startswith("image/") for o in cell.get("outputs", []) for k in o.get("data", {}))
-
-
-def parse(source):
-    """The cell's syntax tree; lines that only IPython reads (%magic, !shell) are left out."""
-    lines = [re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in source.splitlines()]
-    return ast.parse("\n".join(lines))
-
-
-def top_calls(source):
-    """The functions that a cell's own lines call for certain, such as `print` and `plt.show`."""
-    try:
-        lines = parse(source).body
-    except SyntaxError:  # rule_code's business
-        return
-    for node in lines:
-        if isinstance(node, ast.With):
-            lines.extend(node.body)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            yield ast.unparse(node.value.func)
+def statements(source, magic=True):
+    """The cell's statements, none if it is not Python; with magic, what %, ! begins is `pass`."""
+    for text in [source, re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", source)][: 1 + magic]:
+        try:
+            return ast.parse(text).body
+        except SyntaxError:
+            pass  # rule_code says so
+    return []
 
 
 def defined_names(node):
     """The names that one statement defines: a def, a class, or an assignment to plain names."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return [node.name]
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
-    return [
-        n.id
-        for t in targets
-        for n in (t.elts if isinstance(t, ast.Tuple) else [t])
-        if isinstance(n, ast.Name)
-    ]
+    if isinstance(node, ASSIGNMENTS):
+        targets = getattr(node, "targets", None) or [node.target]
+        return [n.id for n in targets] if all(isinstance(n, ast.Name) for n in targets) else []
+    return [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
 
 
-def final_names(path):
-    """The names that the page's cells tagged `final` define."""
-    names = []
-    for _, cell in Page(path).tagged("final"):
-        try:
-            names += [name for node in parse(cell.source).body for name in defined_names(node)]
-        except SyntaxError:
-            pass  # rule_code names it
-    return names
+# ---------------------------------------------------------------- the module
+
+HEADER = '''\
+"""TinyGPT: a decoder-only transformer, from characters to generated text, in one file.
+
+Read it from top to bottom: each section is built, step by step, on the page of the course that its
+heading names. `make module` writes this file from the finished cells of those pages; edit them.
+
+B is the batch, T the tokens in a window, C the width of the model (d_model), V the vocabulary size.
+"""'''
+TITLES = {"00": "start here", "01": "text and tokenizer", "02": "windows and batches",
+          "03": "the model", "04": "training", "05": "generation", "06": "looking inside",
+          "07": "the KV cache", "08": "serving"}
+IMPORTS, ASSIGNMENTS = (ast.Import, ast.ImportFrom), (ast.Assign, ast.AnnAssign)
+# The lines between two definitions: (is the one before an assignment, is this one). None: heading.
+GAPS = {(True, True): "\n", (None, True): "\n\n"}
 
 
-def rule_name(page):
-    if re.fullmatch(r"\d\d_[a-z0-9_]+", page.name):
-        return []
-    return [f"{page.path.name}: a page is called NN_name.ipynb, in small letters, digits and _"]
+def module_text(folder=NOTEBOOKS):
+    """The module as the finished cells make it; SystemExit, naming the cell, where they do not."""
+    imports, sections, homes = [], [], {}
+    for page in map(Page, find_pages([], folder)):
+        parts = {}  # name: (its text, whether it is a plain assignment)
+        for finding in rule_finished(page):
+            raise SystemExit(page.at(*finding))
+        for i, body in page.finished:
+            nodes, lines, end = statements(body), body.split("\n"), 0
+            if isinstance(nodes[0], IMPORTS):
+                imports, nodes = [body.strip("\n")], []
+            for node in nodes:  # with the comments above it; the last one with those below it
+                stop = len(lines) if node is nodes[-1] else node.end_lineno
+                text, end = "\n".join(lines[end:stop]).strip("\n"), stop
+                first, _, rest = text.partition("\n")
+                new = set(defined_names(node))
+                if goes_on := re.fullmatch(r"class (\w+)\(\1\):  # goes on", first):
+                    name, new = goes_on[1], set()
+                    if name not in parts:
+                        raise SystemExit(page.at(i, f"{name} goes on, but its class is not above"))
+                    parts[name] = (parts[name][0] + "\n\n" + rest.strip("\n"), False)
+                else:
+                    parts[min(new)] = (text, isinstance(node, ASSIGNMENTS))
+                if isinstance(node, ast.ClassDef):
+                    new |= {f"{node.name}.{m.name}" for m in node.body if hasattr(m, "name")}
+                for name in new:
+                    if name in homes:
+                        raise SystemExit(page.at(i, f"{name} is defined again; {homes[name]}"))
+                    homes[name] = page.at(i, "here first")
+        key, last = page.name.split("_")[0], None
+        section = f"# {'-' * 64} page {key}: {TITLES.get(key, page.name)}"
+        for text, assigned in parts.values():
+            section, last = section + GAPS.get((last, assigned), "\n\n\n") + text, assigned
+        sections += [section] if parts else []
+    return "\n\n".join([HEADER, *imports, "\n\n\n".join(sections)]) + "\n"
 
 
-def rule_valid(page):
-    if (page.nb.nbformat, page.nb.nbformat_minor) != (4, 5):
-        return [f"{page.name}: nbformat {page.nb.nbformat}.{page.nb.nbformat_minor}, should be 4.5"]
+def write_module(folder, only_check=False):
+    """Write the module beside the folder of the pages, or show how it differs; 1 if it does."""
+    path, new = folder.resolve().parent / f"{MODULE}.py", module_text(folder)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not only_check:
+        write(path, new)
+    elif old != new:
+        diff = list(difflib.unified_diff(old.split("\n"), new.split("\n"), n=1, lineterm=""))
+        print(*diff[:40], f"{len(diff)} lines; `make module` writes {path.name} anew", sep="\n")
+        return 1
+    print(path.name, "is what the pages make")
+    return 0
+
+
+# ---------------------------------------------------------------- the rules of a page
+# Each rule takes a Page and yields what breaks it: (the cell's number, what is wrong there and what
+# would be right); None instead of a number for the page as a whole.
+
+MAX_LINES, MAX_FINISHED, MAX_WIDTH, MAX_RUN, MAX_BYTES = 30, 60, 100, 4, 1_500_000
+OBJECTIVES = "What you will be able to do"
+CLOSING = ["Summary", "Your turn", "Further reading"]
+# The target may hold one pair of brackets: `02_data.ipynb#Batches-(B,-T)`.
+LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|\[[^\]]*\]|!\[[^\]]*\]\([^)]*\))*\]"
+                  r"\(\s*<?((?:[^()\s<>]|\([^()\s]*\))+)>?[^)]*\)")
+# What a cell's text, its outputs, or its text without `code` should not hold.
+UNWANTED = [
+    ("source", MACHINE_PATH, "names a place on one machine"),
+    ("output", MACHINE_PATH, "prints a place on one machine"),
+    ("output", r"\b0x[0-9a-fA-F]{8,}", "prints a memory address, which changes with each run"),
+    ("output", r"(?i)(src\s*=\s*[\"']?|!\[[^\]]*\]\(\s*)(https?:)?//", "fetches its output"),
+    ("prose", r"(?i)<(iframe|video|audio|embed|object|script)\b", "may fetch something"),
+    ("prose", r"(?im)^\S.*\n=+\s*$|<h1\b", "has an H1 that is not written `# …`"),
+    ("prose", r"(?im)^ {0,3}\[[^\]]+\]:\s|<a\s[^>]*href|<img\b", "write `[…](…)`, `![…](…)`"),
+]
+
+
+def rule_unwanted(page):
+    for i, cell in enumerate(page.cells):
+        texts = {"source": cell.source, "output": output_text(*cell.get("outputs", [])),
+                 "prose": without_code(cell.source) if cell.cell_type == "markdown" else ""}
+        for where, pattern, what in UNWANTED:
+            if hit := re.search(pattern, texts[where]):
+                yield i, f"{what}: {texts[where][hit.start() : hit.start() + 40]!r}"
+
+
+def rule_format(page):
+    """A valid notebook with ids, metadata that fits every machine, and of no great size."""
+    nb, size = page.nb, page.path.stat().st_size
+    if size > MAX_BYTES:
+        yield None, f"{size:,} bytes, {MAX_BYTES:,} are the most; draw smaller figures"
+    if (nb.nbformat, nb.nbformat_minor) != (4, 5):
+        yield None, f"nbformat {nb.nbformat}.{nb.nbformat_minor}, should be 4.5"
     try:
-        nbformat.validate(copy.deepcopy(page.nb))
+        nbformat.validate(copy.deepcopy(nb))
     except nbformat.ValidationError as error:
-        return [f"{page.name}: not a valid notebook: {str(error).splitlines()[0]}"]
-    return []
-
-
-def rule_ids(page):
-    found, seen = [], {}
+        yield None, f"not a valid notebook: {str(error).splitlines()[0]}"
+    if wrong := {k for k in {*nb.metadata, *METADATA} if nb.metadata.get(k) != METADATA.get(k)}:
+        yield None, f"metadata of this machine: {sorted(wrong)}; run the page"
+    ids = [cell.get("id") for cell in page.cells]
     for i, cell in enumerate(page.cells):
-        name = cell.get("id")
-        if not name:
-            found.append(page.at(i, "has no id; `pages.py run` gives it one"))
-        elif name in seen:
-            found.append(page.at(i, f"has the same id as cell {seen[name]}; ids are unique"))
-        seen.setdefault(name, i)
-    return found
+        if not ids[i] or ids[i] in ids[:i]:
+            yield i, "has no id, or that of another cell"
+        if extra := sorted(set(cell.metadata) - {"tags"}):
+            yield i, f"metadata {extra} should not be saved; only `tags` is; run the page"
 
 
-def rule_metadata(page):
-    found = []
-    if "widgets" in page.nb.metadata:
-        found.append(
-            f"{page.name}: metadata.widgets is there, and GitHub then shows no page; "
-            "`pages.py run` strips it"
-        )
-    if page.nb.metadata.get("kernelspec", {}).get("name") != "python3":
-        found.append(
-            f"{page.name}: the kernel is {page.nb.metadata.get('kernelspec')}, should be python3"
-        )
-    if "version" in page.nb.metadata.get("language_info", {}):
-        found.append(f"{page.name}: language_info names a Python version; `pages.py run` strips it")
-    for i, cell in enumerate(page.cells):
-        extra = sorted(set(cell.metadata) - KEPT_CELL_METADATA)
-        if extra:
-            found.append(
-                page.at(
-                    i, f"metadata {extra} (times, view state) should not be saved; only `tags` is"
-                )
-            )
-    return found
+def rule_headings(page):
+    """One H1 in the first cell, with the page's number; aims, minutes, and the closing sections.
+    Page 00 is the way in: it needs no further reading, and its map comes last."""
+    ones = [i for i, level, _ in page.headings if level == 1]
+    start = "\n".join(c.source for c in page.cells[:4] if c.cell_type == "markdown")
+    if ones != [0] or not re.match(rf"# 0*{page.number}\D", start):
+        yield None, f"should start with its only H1, `# {page.number}. …`; H1 in cells {ones}"
+    for (_, above, _), (i, level, text) in zip(page.headings, page.headings[1:]):
+        if level > above + 1:
+            yield i, f"heading {text!r} is of level {level} after level {above}"
+    if (2, OBJECTIVES) not in headings(start) or not re.search(r"\bminutes\b", start):
+        yield None, f"the first four cells should have `## {OBJECTIVES}` and tell the minutes"
+    closing, twos = CLOSING[: 3 if page.number else 2], [t for _, n, t in page.headings if n == 2]
+    if [t for t in twos if t in closing] != closing or page.number and twos[-3:] != closing:
+        yield None, f"should end with the H2 sections {', '.join(closing)}; it has {twos}"
+    # Each exercise has a check, which says of the empty stub that nothing was attempted.
+    turn = next((i for i, *head in page.headings if head == [2, "Your turn"]), len(page.cells))
+    n = sum("not attempted" in output_text(o) for i, c in page.code if i > turn for o in c.outputs)
+    if n < 2:
+        yield None, f"{n} exercises with a check, 2 are the fewest"
 
 
-def rule_title(page):
-    for i, cell in page.of_kind("markdown"):  # the other ways to write an H1
-        if re.search(r"^\S.*\n=+\s*$|<h1\b", without_code(cell.source), re.M | re.I):
-            return [page.at(i, "has an H1 that is underlined or HTML; write `# …`")]
-    ones = [(i, text) for i, level, text in page.headings() if level == 1]
-    if len(ones) != 1 or ones[0][0] != 0:
-        where = ", ".join(f"cell {i} {text!r}" for i, text in ones) or "none"
-        return [f"{page.name}: H1 headings: {where}; should be one, in the first cell"]
-    digits = re.match(r"\d+(?=\D)", ones[0][1])
-    if (
-        not page.cells[0].source.startswith("# ")
-        or not digits
-        or int(digits.group()) != page.number
-    ):
-        return [
-            page.at(
-                0,
-                f"should start with the H1 and the page's number, `# {page.number}. …`, "
-                f"not {ones[0][1]!r}",
-            )
-        ]
-    return []
-
-
-def rule_heading_levels(page):
-    found, last = [], 0
-    for i, level, text in page.headings():
-        if level > last + 1:
-            found.append(
-                page.at(
-                    i,
-                    f"heading {text!r} is of level {level} after level {last}; "
-                    "levels go down by one",
-                )
-            )
-        last = level
-    return found
-
-
-def rule_sections(page):
-    """Page 00 is the way in: it needs no further reading, and its map comes last."""
-    found = []
-    twos = [(i, text) for i, level, text in page.headings() if level == 2]
-    texts = [text for _, text in twos]
-    if not any(i <= 3 and text == OBJECTIVES for i, text in twos):
-        found.append(f"{page.name}: no heading `## {OBJECTIVES}` in the first four cells")
-    first = "\n".join(c.source for i, c in page.of_kind("markdown") if i <= 3)
-    if not re.search(r"\bminutes\b", first):
-        found.append(f"{page.name}: the first four cells do not say how many minutes it takes")
-    closing = CLOSING[:2] if page.number == 0 else CLOSING
-    missing = [name for name in closing if texts.count(name) != 1]
-    if missing:
-        found.append(
-            f"{page.name}: each of these H2 sections should be there once: {', '.join(missing)}"
-        )
-    elif page.number != 0 and texts[-len(CLOSING) :] != CLOSING:
-        found.append(
-            f"{page.name}: the page should end with {', '.join(CLOSING)}, "
-            f"it ends with {', '.join(texts[-3:])}"
-        )
-    return found
-
-
-def rule_exercises(page):
-    """Each exercise has a check, which says of the empty stub that nothing was attempted."""
-    starts = [i for i, level, text in page.headings() if (level, text) == (2, "Your turn")]
-    said = [
-        "".join(output.get("text", ""))
-        for i, cell in page.of_kind("code")
-        if starts and i > starts[0]
-        for output in cell.outputs
-    ]
-    n = sum("not attempted" in text for text in said)
-    return [] if n >= 2 else [f"{page.name}: {n} exercises with a check, 2 are the fewest"]
-
-
-def rule_way(page):
-    """The first cell leads to the page before and the page after."""
-    pages = page.neighbours()
-    here = pages.index(page.path) if page.path in pages else None
-    if here is None:
-        return []
-    wanted = [p.name for p in pages[max(0, here - 1) : here + 2] if p != page.path]
-    targets = (
-        [unquote(t).partition("#")[0] for t in LINK.findall(page.cells[0].source)]
-        if page.cells
-        else []
-    )
-    return [
-        page.at(0, f"has no link to its neighbour {name}") for name in wanted if name not in targets
-    ]
+def rule_finished(page):
+    """A finished cell: the mark, then definitions; the first one of page 00 has the imports."""
+    for i, cell in page.code:
+        marks = re.findall(rf"(?m)^\s*#\s*(?:→|->)\s*{MODULE}", cell.source)
+        if len(marks) != (cell.source.split("\n")[0] == MARK):
+            yield i, f"`{MARK}`, exactly so, should be its first line"
+    for i, body in page.finished:
+        nodes = statements(body, magic=False)
+        imports = [node for node in nodes if isinstance(node, IMPORTS)]
+        if imports and (page.number, i, imports) != (0, page.finished[0][0], nodes):
+            yield i, "imports; the module's are the first finished cell of page 00, alone"
+        if not nodes or not all(n in imports or defined_names(n) for n in nodes):
+            yield i, "is finished; it should hold Python definitions and assignments to names alone"
 
 
 def rule_code(page):
-    found = []
-    for i, cell in page.of_kind("code"):
+    """Short cells and lines of Python, with a word between them."""
+    kinds = "".join(cell.cell_type[0] for cell in page.cells)
+    for hit in re.finditer("c" * (MAX_RUN + 1), kinds):
+        yield hit.end() - 1, f"is code cell {MAX_RUN + 1} in a row without a word between"
+    for i, cell in page.code:
         lines = cell.source.splitlines()
-        if not cell.source.strip():
-            found.append(page.at(i, "is an empty code cell; delete it"))
-        if len(lines) > MAX_LINES:
-            found.append(page.at(i, f"has {len(lines)} lines, {MAX_LINES} are the most; split it"))
-        for k, line in enumerate(lines, 1):
-            if len(line) > MAX_WIDTH:
-                found.append(
-                    page.at(i, f"line {k} has {len(line)} characters, {MAX_WIDTH} are the most")
-                )
-        try:
-            parse(cell.source)
-        except SyntaxError as error:
-            if not cell.source.lstrip().startswith("%%"):
-                found.append(page.at(i, f"is not Python: {error}"))
-    return found
-
-
-def rule_rhythm(page):
-    found, row = [], 0
-    for i, cell in enumerate(page.cells):
-        row = row + 1 if cell.cell_type == "code" else 0
-        if row == MAX_RUN + 1:
-            found.append(
-                page.at(
-                    i, f"is code cell {row} in a row without a word between; {MAX_RUN} are the most"
-                )
-            )
-    return found
-
-
-def rule_executed(page):
-    found = []
-    for wanted, (i, cell) in enumerate(page.of_kind("code"), 1):
-        if cell.execution_count != wanted:
-            found.append(
-                page.at(
-                    i,
-                    f"was run as number {cell.execution_count}, should be {wanted}; "
-                    "run the page anew",
-                )
-            )
-    if page.of_kind("code") and not any(c.outputs for _, c in page.of_kind("code")):
-        found.append(f"{page.name}: no cell has an output; run the page")
-    for i, cell in page.of_kind("code"):
-        calls = set(top_calls(cell.source))
-        if "plt.show" in calls and not has_image(cell):
-            found.append(page.at(i, "calls plt.show, but no figure is saved; run the page"))
-        if "print" in calls and not cell.outputs:
-            found.append(page.at(i, "prints, but no output is saved; run the page"))
-    return found
+        most = MAX_FINISHED if MARK in lines[:1] else MAX_LINES
+        if len(lines) > most:
+            yield i, f"has {len(lines)} lines, {most} are the most; split it"
+        if wide := [k for k, line in enumerate(lines, 1) if len(line) > MAX_WIDTH]:
+            yield i, f"lines {wide} have more than {MAX_WIDTH} characters"
+        if not statements(cell.source) and not cell.source.lstrip().startswith("%%"):
+            yield i, "is empty or not Python"
 
 
 def rule_outputs(page):
-    found = []
-    for i, cell in page.of_kind("code"):
-        for output in cell.outputs:
-            if output.output_type == "error":
-                found.append(
-                    page.at(i, f"ends in {output.ename}; catch the error in the cell and print it")
-                )
-            if output.get("name") == "stderr":
-                found.append(page.at(i, f"warns: {output.text.strip()[:80]!r}; mend the cause"))
-            hit = ADDRESS.search(output_text(output))
-            if hit:
-                found.append(
-                    page.at(
-                        i, f"prints a memory address, {hit.group()}, which changes with each run"
-                    )
-                )
-    return found
-
-
-def rule_machine_paths(page):
-    found = []
-    for i, cell in enumerate(page.cells):
-        for where, text in [("names", cell.source)] + [
-            ("prints", output_text(o)) for o in cell.get("outputs", [])
-        ]:
-            hit = MACHINE_PATH.search(text)
-            if hit:
-                around = text[hit.start() : hit.start() + 40]
-                found.append(
-                    page.at(
-                        i, f"{where} a place on one machine: {around!r}; use a path from notebooks/"
-                    )
-                )
-    return found
-
-
-def rule_widgets(page):
-    """A widget is dead on every static viewer: a figure drawn without it must stand by."""
-    found, code = [], page.of_kind("code")
-    for k, (i, cell) in enumerate(code):
-        datas = [o.get("data", {}) for o in cell.outputs]
-        if any(WIDGET_VIEW in d for d in datas):
-            found.append(
-                page.at(
-                    i,
-                    "holds a widget's view, an empty box on GitHub; "
-                    "`pages.py run` puts a note there",
-                )
-            )
-        elif any(WIDGET_NOTE in "".join(d.get("text/plain", "")) for d in datas):
-            if not has_image(cell) and not (k + 1 < len(code) and has_image(code[k + 1][1])):
-                found.append(
-                    page.at(i, "shows a widget; draw a static figure in this code cell or the next")
-                )
-    return found
+    """The page was run from top to bottom, and each cell shows what it makes, and no error."""
+    if page.code and not any(c.outputs for _, c in page.code):
+        yield None, "no cell has an output; run the page"
+    for k, (i, cell) in enumerate(page.code):
+        if cell.execution_count != k + 1:
+            yield i, f"was run as number {cell.execution_count}, not {k + 1}; run the page anew"
+        calls = re.findall(r"^(plt\.show|print)\(", cell.source, re.M)
+        if "print" in calls and not cell.outputs or "plt.show" in calls and i not in page.figures:
+            yield i, "prints or draws, but that is not saved; run the page"
+        if any(o.output_type == "error" or o.get("name") == "stderr" for o in cell.outputs):
+            yield i, f"fails or warns; mend the cause: {output_text(*cell.outputs).strip()[:80]!r}"
+        if any(WIDGET_VIEW in o.get("data", {}) for o in cell.outputs):
+            yield i, "holds a widget's view, an empty box on GitHub; run the page"
+        # A widget is dead on every static viewer: a figure drawn without it must stand by.
+        near = {j for j, _ in page.code[k : k + 2]}
+        if WIDGET_NOTE in output_text(*cell.outputs) and not near & {*page.figures}:
+            yield i, "shows a widget; draw a static figure in this code cell or the next"
 
 
 def rule_images(page):
-    found = []
-    for i, cell in page.of_kind("markdown"):
-        text = without_code(cell.source)
-        if tag := re.search(r"<(iframe|video|audio|embed|object|script)\b", text, re.I):
-            found.append(page.at(i, f"has a <{tag[1]}>, which may fetch something; draw a figure"))
-        images = IMAGE.findall(text)
-        for tag in IMG_TAG.findall(text):
-            alt, src = (
-                re.search(rf"\b{key}\s*=\s*[\"']([^\"']*)", tag, re.I) for key in ("alt", "src")
-            )
-            images.append((alt[1] if alt else "", src[1] if src else ""))
-        for alt, src in images:
-            if not alt.strip():
-                found.append(page.at(i, f"image {src[:60]!r} has no alt text; say what it shows"))
-            if src.startswith("attachment:"):
-                if src.removeprefix("attachment:") not in cell.get("attachments", {}):
-                    found.append(page.at(i, f"image {src!r} is not attached to the cell"))
-            elif re.match(r"[a-z]+:|//", src, re.I):
-                found.append(
-                    page.at(
-                        i,
-                        f"image {src[:60]!r} is fetched from elsewhere; keep it in the repository",
-                    )
-                )
-            elif not (page.path.parent / unquote(src)).is_file():
-                found.append(page.at(i, f"image file {src!r} does not exist"))
-    for i, cell in page.of_kind("code"):
-        for output in cell.outputs:
-            data = output.get("data", {})
-            markup = "".join("".join(data.get(f"text/{kind}", "")) for kind in ("html", "markdown"))
-            if re.search(r"(src\s*=\s*[\"']?|!\[[^\]]*\]\(\s*)(https?:)?//", markup, re.I):
-                found.append(page.at(i, "its HTML output fetches something from elsewhere"))
-    return found
-
-
-def rule_captions(page):
-    """Each figure's finding in words, for whoever cannot see it: `**Figure 3.2.** The loss…`"""
-    found, figures = [], [i for i, c in page.of_kind("code") if has_image(c)]
-    for k, i in enumerate(figures, 1):
-        wanted = f"**Figure {page.number}.{k}.**"
-        after = next(
-            (j for j in range(i + 1, len(page.cells)) if page.cells[j].cell_type == "markdown"),
-            None,
-        )
-        shared = after is not None and any(i < j < after for j in figures)
-        text = page.cells[after].source if after is not None and not shared else ""
-        if not text.startswith(wanted):
-            found.append(
-                page.at(i, f"draws a figure; the next markdown cell should begin with {wanted!r}")
-            )
-        elif len(text.split("\n\n")[0].removeprefix(wanted).split()) < 5:
-            found.append(
-                page.at(after, f"the caption of {wanted} should tell the finding in a sentence")
-            )
-    starts = [i for i, c in page.of_kind("markdown") if c.source.startswith("**Figure")]
-    if len(starts) > len(figures):
-        found.append(
-            f"{page.name}: {len(starts)} captions for {len(figures)} figures; was the page run?"
-        )
-    return found
+    """Pictures are in the repository and are told in words: `**Figure 3.2.** The loss…`"""
+    for i, cell in page.markdown:
+        for alt, src in re.findall(r"!\[([^\]]*)\]\(\s*([^)\s]+)", without_code(cell.source)):
+            if not alt.strip() or not (page.path.parent / unquote(src)).is_file():
+                yield i, f"image {src[:60]!r} should be a file of the repository, with an alt text"
+    for k, i in enumerate(page.figures, 1):
+        wanted = f"**Figure {page.number}.{k}.** "
+        after = next((j for j, _ in page.markdown if j > i), i)
+        caption = page.cells[after].source.split("\n\n")[0]
+        if any(i < j <= after for j in page.figures) or not caption.startswith(wanted) or len(
+                caption.split()) < 7:
+            yield i, f"draws; the next text should begin with {wanted!r} and tell the finding"
+    if sum(c.source.startswith("**Figure") for _, c in page.markdown) > len(page.figures):
+        yield None, f"more captions than figures ({len(page.figures)}); was the page run?"
 
 
 def anchors(path):
     """What `#…` may name in a file: Jupyter's way for notebooks, GitHub's for Markdown."""
     if path.suffix == ".ipynb":
-        return {plain(text).replace(" ", "-") for _, _, text in Page(path).headings()}
-    heads = re.findall(
-        r"^#{1,6}\s+(.*)$", without_code_blocks(path.read_text(encoding="utf-8")), re.M
-    )
-    return {
-        re.sub(r"[^\w\- ]", "", plain(text).lower()).strip().replace(" ", "-") for text in heads
-    }
+        heads = [re.sub(r"\[(.*?)\]\(.*?\)|[`*]", r"\1", text) for *_, text in Page(path).headings]
+    else:
+        found = headings(path.read_text("utf-8"))
+        heads = [re.sub(r"[^\w\- ]", "", text.lower()) for _, text in found]
+    return {head.strip().replace(" ", "-") for head in heads}
 
 
 def broken_links(text, path):
     """What is wrong with the links of a Markdown text that stands in the file `path`."""
-    found = []
-    if odd := re.search(r"^ {0,3}\[[^\]]+\]:\s|<a\s[^>]*href", without_code(text), re.M | re.I):
-        found.append(f"link {odd[0].strip()!r}: write `[text](target)`, which is checked")
     for target in LINK.findall(without_code(text)):
-        if re.match(r"[a-z]+:|//", target, re.I):
-            if not target.startswith("https://"):
-                found.append(f"link {target!r} should be https:// or a path in the repository")
-            continue
         name, _, anchor = unquote(target).partition("#")
         file = path.parent / name if name else path
-        if not file.exists():
-            found.append(f"link {target!r}: there is no {name}")
+        if re.match(r"[a-z]+:|//", target, re.I):
+            if not target.startswith("https://"):
+                yield f"link {target!r} should be https:// or a path in the repository"
+        elif not file.exists():
+            yield f"link {target!r}: there is no {name}"
         elif anchor and file.suffix in (".ipynb", ".md") and anchor not in anchors(file):
-            found.append(
-                f"link {target!r}: no such heading; {file.name} has "
-                + ", ".join(sorted(anchors(file)))
-            )
-    return found
+            yield f"link {target!r}: no such heading; there are {', '.join(sorted(anchors(file)))}"
 
 
 def rule_links(page):
-    return [
-        page.at(i, what)
-        for i, cell in page.of_kind("markdown")
-        for what in broken_links(cell.source, page.path)
-    ]
-
-
-def imported_names(page):
-    """{name: cell} of what the page takes from the module, by import or as an attribute."""
-    names = {}
-    for i, cell in page.of_kind("code"):
-        try:
-            tree = parse(cell.source)
-        except SyntaxError:
-            continue  # rule_code names it
-        called = {
-            a.asname or a.name
-            for n in ast.walk(tree)
-            if isinstance(n, ast.Import)
-            for a in n.names
-            if a.name == MODULE
-        }
-        page.aliases = getattr(page, "aliases", set()) | called
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module == MODULE:
-                for alias in node.names:
-                    names.setdefault(alias.name, i)
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id in page.aliases
-            ):
-                names.setdefault(node.attr, i)
-    return names
+    """Links lead somewhere, and those of the first cell to the page before and the page after."""
+    yield from ((i, what) for i, c in page.markdown for what in broken_links(c.source, page.path))
+    way = {unquote(t).partition("#")[0] for t in LINK.findall(page.cells[0].source)}
+    pairs = zip(page.neighbours, page.neighbours[1:])
+    near = {path.name for pair in pairs if page.path in pair for path in pair} - {page.path.name}
+    yield from ((0, f"has no link to its neighbour {name}") for name in near - way)
 
 
 def rule_imports(page):
     """One paragraph or list item names what is imported and links to the page that builds it.
-
     Page 00 shows the end first, so it may import from any page; another page may import from one
-    after it only where that paragraph says the word "later".
-    """
-    names = imported_names(page)
-    names = {name: i for name, i in names.items() if not name.startswith("__")}
-    if not names:
-        return []
-    builders = {name: p.name for p in page.neighbours() for name in final_names(p)}
-    blocks = [
-        b
-        for _, c in page.of_kind("markdown")
-        for b in re.split(r"\n\s*\n|\n(?=\s*(?:[-*|]|\d+\.)\s?)", c.source)
-    ]
-    found = []
+    after it only where that paragraph says the word "later"."""
+    nodes = [(i, n) for i, c in page.code for s in statements(c.source) for n in ast.walk(s)]
+    modules = {a.asname or a.name for _, n in nodes if isinstance(n, ast.Import)
+               for a in n.names if a.name == MODULE}
+    names = {a.name: i for i, n in nodes if getattr(n, "module", None) == MODULE for a in n.names}
+    names |= {n.attr: i for i, n in nodes if isinstance(n, ast.Attribute)
+              and getattr(n.value, "id", None) in modules and not n.attr.startswith("__")}
+    builders = {name: path.name for path in page.neighbours for _, body in Page(path).finished
+                for n in statements(body) for name in defined_names(n)}
+    blocks = [b for _, c in page.markdown
+              for b in re.split(r"\n\s*\n|\n(?=\s*(?:[-*|]|\d+\.)\s?)", c.source)]
     for name, i in names.items():
         builder = builders.get(name)
-        if name == "*":
-            found.append(page.at(i, f"imports * from {MODULE}; name what the page needs"))
-        elif builder is None:
-            found.append(
-                page.at(i, f"imports {name}, which no page builds in a cell tagged `final`")
-            )
-        elif builder != page.path.name:
-            called = re.compile(rf"`{name}(\(.*?\))?`")
-            said = [b for b in blocks if called.search(b) and f"({builder}" in b]
-            early = builder > page.path.name and not page.path.name.startswith("00")
-            if early and not any("later" in b for b in said):
-                found.append(page.at(i, f"imports {name}, which is built only later, in {builder}"))
-            elif not said:
-                found.append(
-                    page.at(
-                        i,
-                        f"imports {name}; an Imports note should say: `{name}` from […]({builder})",
-                    )
-                )
-    return found
-
-
-def rule_size(page):
-    size = page.path.stat().st_size
-    if size <= MAX_BYTES:
-        return []
-    return [f"{page.name}: {size:,} bytes, {MAX_BYTES:,} are the most; draw smaller figures"]
+        said = [b for b in blocks if re.search(rf"`{re.escape(name)}(\(.*?\))?`", b)
+                and f"({builder}" in b]
+        if builder is None:
+            yield i, f"imports {name}, which no page builds in a finished cell"
+        elif builder > page.path.name and page.number and not any("later" in b for b in said):
+            yield i, f"imports {name}, which is built only later, in {builder}"
+        elif builder != page.path.name and not said:
+            yield i, f"imports {name}; an Imports note should say: `{name}` from […]({builder})"
 
 
 RULES = [value for name, value in list(globals().items()) if name.startswith("rule_")]
 
 
 def check(path):
-    """All findings of all rules about one page."""
+    """All findings of all rules about one page, as sentences."""
     page = Page(path)
-    return [finding for rule in RULES for finding in rule(page)]
-
-
-# ---------------------------------------------------------------- command line
+    return [page.at(*finding) for rule in RULES for finding in rule(page)]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["from-py", "to-py", "run", "check", "html"])
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "check", "html", "module"])
     parser.add_argument("names", nargs="*")
-    parser.add_argument(
-        "--out", type=Path, default=Path("pages-out"), help="folder for html and to-py"
-    )
+    parser.add_argument("--out", type=Path, default=Path("pages-out"), help="folder for html")
     parser.add_argument("--folder", type=Path, default=NOTEBOOKS, help="the pages' folder")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
+    parser.add_argument("--check", action="store_true", help="module: only show what differs")
     args = parser.parse_args(argv)
-    if args.command == "from-py":
-        for name in args.names:
-            print("wrote", from_py(name, args.folder).name)
-        return 0
-    pages = find_pages(args.names, args.folder)
+    if args.command == "module":
+        return write_module(args.folder, args.check)
     failed = 0
-    if args.command == "run":
-        for page in pages:
+    for page in find_pages(args.names, args.folder):
+        if args.command == "run":
             try:
-                print(f"{page.stem}: {run(page, args.timeout):.1f} s", flush=True)
+                print(f"{page.stem}: {run(page):.1f} s", flush=True)
             except RuntimeError as error:
                 print(error, file=sys.stderr, flush=True)
-                failed += 1
-    elif args.command == "check":
-        for page in pages:
+                failed = 1
+        elif args.command == "check":
             findings = check(page)
-            failed += bool(findings)
-            print(f"{page.stem}: {len(findings)} findings" if findings else f"{page.stem}: clean")
-            for finding in findings:
-                print("  " + finding)
-    elif args.command == "to-py":
-        for page in pages:
-            print("wrote", to_py(page, args.out))
-    else:
-        files = [html(page, args.out) for page in pages]
-        for made in files + screenshots(files):
-            print("wrote", made)
-    return 1 if failed else 0
+            print(f"{page.stem}: {len(findings) or 'no'} findings", *findings, sep="\n  ")
+            failed = failed or int(bool(findings))
+        else:
+            html(page, args.out)
+    return failed
 
 
 if __name__ == "__main__":

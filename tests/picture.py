@@ -13,12 +13,16 @@ import matplotlib.pyplot as plt
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path.insert(0, str(ROOT))
 matplotlib.use("Agg")
 
-from make_tiny_corpus import floor  # noqa: E402, I001
-from tinygpt_helpers import load_checkpoint, load_corpus, split_corpus  # noqa: E402
-
+from data.make_tiny_corpus import floor  # noqa: E402
+from tinygpt_helpers import (  # noqa: E402
+    AttentionRecorder,
+    load_checkpoint,
+    load_corpus,
+    split_corpus,
+)
 
 TWICE = re.compile(r' put an? (\w+) (\w+) in .* "The \1 \2!"$')  # a colour and a thing
 
@@ -43,7 +47,9 @@ def main():
     story = min((s for s in val_text.splitlines() if TWICE.search(s)), key=len)
     text = "\n" + story
     ending = text.rindex(". ") + 1
-    _, maps = model(torch.tensor([tokenizer.encode(text)]), return_attention=True)
+    recorder = AttentionRecorder()
+    model(torch.tensor([tokenizer.encode(text)]), recorder)
+    maps = recorder.weights
     layer, head = recalling_head(maps[:, 0], text, TWICE.search(text).groups())
     rows = maps[layer, 0, head, ending + 1 :].detach()  # the last sentence reads the story
 

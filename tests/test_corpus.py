@@ -286,126 +286,82 @@ def test_whole_stories_pass(shape):
     assert corpus.parse_story(story + "\n") == verdict
 
 
-MISSPELLED = [
-    (BOX, "ball", "bal"),
-    (BOX, "box", "bxo"),
-    (BOX, "orange", "0range"),
-    (BOX, "orange ball", "orange-ball"),
-    (BOX, "3", "13"),
-    (BOX, "o'clock", "oclock"),
-    (EATEN, "Anna", "anna"),
-]
-UNGRAMMATICAL = [
-    (BOX, "an orange", "a orange"),
-    (BOX, "an orange ball", "a ball orange"),
-    (BOX, "he opened", "she opened"),
-    (BOX, "At 3 o'clock", "At o'clock"),
-    (LOST, "She found", "He found"),
-    (LOST, "lost her", "lost his"),
-    (LOST, "an old sock", "a sock"),
-    (LOST, "an old", "a old"),
-    (EATEN, "Her old", "His old"),
-    (EATEN, "six muffins", "six muffin"),
-    (EATEN, "muffins are", "muffins is"),
-    (EATEN, "three muffins", "three muffin"),
-    (GIFT, "one leaf", "one leaves"),
-    (GIFT, "four leaves", "four leaf"),
-    (FLOCK, "mice were", "mice was"),
-    (FLOCK, "three mice", "three mouse"),
-    (COUNT, "two coins", "two coin"),
-    (COUNT, "three coins", "three coin"),
-    (DREAM, "she dreams", "he dreams"),
-    (PET, "she licks", "he licks"),
-    (PET, "She is", "He is"),
-    (ILL, "Anna sing ", "Anna sings "),
-    (ILL, "Anna sings", "Anna sing"),
-    (KNOCK, "all three pears", "all three pear"),
-    (SWAP, "a kite", "an kite"),
-    (SWAP, "an umbrella", "a umbrella"),
-    (BEASTS, "an old dog", "a old dog"),
-    (BEASTS, "to whistle", "to whistles"),
-    (SHOP, "an umbrella", "a umbrella"),
-    (SHOP, "She ran", "He ran"),
-]
-FORGETFUL = [
-    (BOX, "The orange ball!", "The orange hat!"),
-    (BOX, "The orange ball!", "The blue ball!"),
-    (BOX, "The orange ball!", "The blue hat!"),
-    (BOX, "opened the box", "opened the pot"),
-    (BOX, "said Tom", "said Rosa"),  # he/she stays with the one named first
-    (LOST, "the red kite", "the red hat"),
-    (LOST, "the red kite", "the blue kite"),
-    (LOST, "Ben found", "Rosa found"),  # a friend is somebody else
-    (EATEN, "cried Anna", "cried Tom"),  # he/she stays with the one named first
-    (EATEN, "three muffins are", "three apples are"),
-    (EATEN, "The owl", "The cat"),
-    (GIFT, "Jack and Sam", "Sam and Jack"),
-    (GIFT, "Sam found", "Jack found"),  # a friend is somebody else
-    (GIFT, "four leaves", "four shells"),
-    (FLOCK, "three mice", "three sheep"),
-    (FLOCK, "still on the hill", "still in the garden"),
-    (COUNT, "two coins", "two shells"),
-    (COUNT, "three coins", "three shells"),
-    (COUNT, "my aunt!", "my uncle!"),
-    (DREAM, "of mud", "of snow"),
-    (DREAM, "of snow!", "of honey!"),
-    (DREAM, "loves snow", "loves mud"),  # the second joy should be new
-    (PET, "Oh, Mia", "Oh, Lily"),
-    (PET, "best cat", "best dog"),
-    (ILL, "only Anna", "only Tom"),
-    (ILL, "Anna sings", "Anna reads"),
-    (ILL, "sings in the garden", "sings by the river"),
-    (KNOCK, "all three", "all four"),
-    (KNOCK, "three pears.", "three buns."),
-    (KNOCK, "Lily ate", "Tom ate"),
-    (SWAP, "has the umbrella", "has the kite"),
-    (SWAP, "and Rosa has", "and Ben has"),
-    (SWAP, "said Rosa", "said Mia"),
-    (SWAP, "had an umbrella", "had a kite"),  # the second thing should be new
-    (BEASTS, "taught the fox", "taught the bear"),
-    (BEASTS, "to whistle", "to dance"),
-    (BEASTS, "said the dog", "said the cat"),
-    (SHOP, "forgot the hat", "forgot the drum"),
-    (SHOP, "with the umbrella", "with the hat"),
-    (SHOP, "and an umbrella", "and a hat"),  # the second thing should be new
-]
-MISCOUNTED = [
-    (EATEN, "three muffins are", "four muffins are"),
-    (EATEN, "three muffins are", "one muffin is"),
-    (EATEN, "ate three", "ate eleven"),
-    (EATEN, "six muffins", "seven muffins"),
-    (GIFT, "have four", "have five"),
-    (GIFT, "found three", "found two"),
-    (FLOCK, "three mice", "two mice"),
-    (FLOCK, "one hid", "four hid"),
-    (COUNT, "makes three", "makes two"),
-    (COUNT, "two coins", "one coin"),
+# What to say instead, a line for each story: it breaks that one skill.
+BROKEN = {
+    "spelled": """
+        BOX: ball > bal | box > bxo | orange > 0range | orange ball > orange-ball | 3 > 13 |
+            o'clock > oclock
+        EATEN: Anna > anna
+    """,
+    "grammatical": """
+        BOX: an orange > a orange | an orange ball > a ball orange | he opened > she opened | At
+            3 o'clock > At o'clock
+        LOST: She found > He found | lost her > lost his | an old sock > a sock | an old > a old
+        EATEN: Her old > His old | six muffins > six muffin | muffins are > muffins is | three
+            muffins > three muffin
+        GIFT: one leaf > one leaves | four leaves > four leaf
+        FLOCK: mice were > mice was | three mice > three mouse
+        COUNT: two coins > two coin | three coins > three coin
+        DREAM: she dreams > he dreams
+        PET: she licks > he licks | She is > He is
+        ILL: Anna sing  > Anna sings  | Anna sings > Anna sing
+        KNOCK: all three pears > all three pear
+        SWAP: a kite > an kite | an umbrella > a umbrella
+        BEASTS: an old dog > a old dog | to whistle > to whistles
+        SHOP: an umbrella > a umbrella | She ran > He ran
+    """,
+    "remembers": """
+        BOX: The orange ball! > The orange hat! | The orange ball! > The blue ball! | The orange
+            ball! > The blue hat! | opened the box > opened the pot | said Tom > said Rosa
+        LOST: the red kite > the red hat | the red kite > the blue kite | Ben found > Rosa found
+        EATEN: cried Anna > cried Tom | three muffins are > three apples are | The owl > The cat
+        GIFT: Jack and Sam > Sam and Jack | Sam found > Jack found | four leaves > four shells
+        FLOCK: three mice > three sheep | still on the hill > still in the garden
+        COUNT: two coins > two shells | three coins > three shells | my aunt! > my uncle!
+        DREAM: of mud > of snow | of snow! > of honey! | loves snow > loves mud
+        PET: Oh, Mia > Oh, Lily | best cat > best dog
+        ILL: only Anna > only Tom | Anna sings > Anna reads | sings in the garden > sings by the
+            river
+        KNOCK: all three > all four | three pears. > three buns. | Lily ate > Tom ate
+        SWAP: has the umbrella > has the kite | and Rosa has > and Ben has | said Rosa > said
+            Mia | had an umbrella > had a kite
+        BEASTS: taught the fox > taught the bear | to whistle > to dance | said the dog > said
+            the cat
+        SHOP: forgot the hat > forgot the drum | with the umbrella > with the hat | and an
+            umbrella > and a hat
+    """,
+    "counts": """
+        EATEN: three muffins are > four muffins are | three muffins are > one muffin is | ate
+            three > ate eleven | six muffins > seven muffins
+        GIFT: have four > have five | found three > found two
+        FLOCK: three mice > two mice | one hid > four hid
+        COUNT: makes three > makes two | two coins > one coin
+    """,
+}
+CASES = [
+    (skill, story, *words.strip().split(" > "))
+    for skill, table in BROKEN.items()
+    for story, row in re.findall(r"([A-Z]+):([^:]*)(?=\n +[A-Z]+:|$)", table)
+    for words in re.sub(r"\s+", " ", row).split("|")
 ]
 
 
-@pytest.mark.parametrize(
-    "story, old, new, broken",
-    [(*m, 0) for m in MISSPELLED]
-    + [(*m, 1) for m in UNGRAMMATICAL]
-    + [(*m, 2) for m in FORGETFUL]
-    + [(*m, 3) for m in MISCOUNTED],
-)
-def test_a_story_broken_in_one_respect(story, old, new, broken):
-    whole = judged(story)
+@pytest.mark.parametrize(("skill", "story", "old", "new"), CASES)
+def test_a_story_broken_in_one_respect(skill, story, old, new):
+    story, broken = globals()[story], SKILLS.index(skill)
+    expected = list(judged(story))
     assert story.count(old) >= 1
     verdict = corpus.parse_story(story.replace(old, new, 1))
-    expected = list(whole)
-    if broken < 2:
-        expected[broken:] = [False] * (4 - broken)
-    else:
-        expected[broken] = False
-    assert list(verdict[:4]) == expected
-    assert verdict.log_prob == -math.inf
+    for i in range(broken, 4 if broken < 2 else broken + 1):
+        expected[i] = False
+    assert list(verdict[:4]) == expected and verdict.log_prob == -math.inf
 
 
 def test_every_shape_is_broken_in_every_skill_it_asks_for():
-    assert {m[0] for m in UNGRAMMATICAL} == {m[0] for m in FORGETFUL} == set(STORY_OF.values())
-    assert {m[0] for m in MISCOUNTED} == {s for s in STORY_OF.values() if judged(s)[3]}
+    assert len(CASES) == 87
+    broken = {skill: {globals()[s] for k, s, *_ in CASES if k == skill} for skill in SKILLS}
+    assert broken["grammatical"] == broken["remembers"] == set(STORY_OF.values())
+    assert broken["counts"] == {s for s in STORY_OF.values() if judged(s)[3]}
 
 
 def test_half_a_story_is_not_grammatical():

@@ -1,0 +1,113 @@
+"""Page 07: the KV cache as a memory of the model."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygpt_helpers import KVCache, TinyGPT, generate
+
+
+def random_model(max_len=8, n_layers=2, n_heads=4, seed=0, dtype=torch.float64):
+    """A model whose weights are all so large that every part of it matters."""
+    torch.manual_seed(seed)
+    model = TinyGPT(9, 16, n_heads, n_layers, max_len).eval().to(dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.35 + (weight.ndim == 1))
+    return model.requires_grad_(False)
+
+
+def random_ids(B, T, seed=0):
+    return torch.randint(9, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 2),
+       st.sampled_from([1, 2, 4]), st.integers(0, 99))
+def test_chunks_of_any_sizes_give_the_numbers_of_the_whole_text(B, chunks, spare, n_heads, seed):
+    T = sum(chunks)
+    model, idx = random_model(T + spare, 1 + seed % 3, n_heads, seed), random_ids(B, T, seed)
+    cache, parts = KVCache(model, B), []
+    for chunk in idx.split(chunks, dim=1):
+        parts.append(model(chunk, cache))
+        assert cache.length == sum(part.size(1) for part in parts)
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx))  # float64: to 1e-7
+
+
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_nothing_beyond_length_is_looked_at(n):
+    model, idx = random_model(), random_ids(2, 8)
+    cache, junk = KVCache(model, 2), KVCache(model, 2)
+    junk.k.fill_(1e6), junk.v.fill_(-1e6)  # not nan: 0 * nan is nan
+    for chunk in idx.split([n, 8 - n], dim=1):
+        torch.testing.assert_close(model(chunk, junk), model(chunk, cache), atol=0, rtol=0)
+    # nor does it matter what a cache has held that is used anew
+    junk.length.zero_()
+    torch.testing.assert_close(model(idx[:, 1:4], junk), model(idx[:, 1:4]))
+
+
+def test_the_rows_of_a_batch_do_not_meet():
+    model, idx = random_model(), random_ids(3, 8)
+    together, alone = KVCache(model, 3), [KVCache(model, 1) for _ in idx]
+    for t in range(8):
+        rows = [model(row[None, t : t + 1], cache) for row, cache in zip(idx, alone)]
+        torch.testing.assert_close(model(idx[:, t : t + 1], together), torch.cat(rows))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    model = random_model()
+    cache = KVCache(model, 1)
+    model(random_ids(1, 5), cache)
+    k, v = cache.k.clone(), cache.v.clone()
+    with pytest.raises(ValueError, match=r"4 tokens after the 5 .* max_len = 8: only 3 more fit"):
+        model(random_ids(1, 4), cache)
+    for idx in (torch.zeros(1, 0).long(), torch.tensor([[9]]), torch.zeros(1, 1)):
+        with pytest.raises(ValueError, match="idx must be|outside the vocabulary"):
+            model(idx, cache)
+    assert cache.length == 5 and torch.equal(cache.k, k) and torch.equal(cache.v, v)
+    model(random_ids(1, 3), cache)  # just fits
+    with pytest.raises(ValueError, match="1 tokens after the 8 .* only 0 more fit"):
+        model(random_ids(1, 1), cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("n_layers", "B", "max_len", "n_heads"), [(2, 3, 8, 4), (1, 1, 5, 2)])
+def test_type_shape_and_bytes(n_layers, B, max_len, n_heads, dtype):
+    model = random_model(max_len, n_layers, n_heads, dtype=dtype)
+    cache = KVCache(model, B)
+    assert cache.length.shape == (1,) and cache.length == 0
+    logits = model(random_ids(B, 3), cache)
+    assert cache.k.shape == cache.v.shape == (n_layers, B, n_heads, max_len, 16 // n_heads)
+    assert logits.dtype == cache.k.dtype == cache.v.dtype == dtype
+    size = 2 * n_layers * B * max_len * n_heads * (16 // n_heads) * dtype.itemsize
+    assert cache.k.nbytes + cache.v.nbytes == size
+    tolerance = {torch.bfloat16: 0.2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(logits, model(random_ids(B, 3)), atol=tolerance, rtol=tolerance)
+
+
+def test_each_token_is_read_once():
+    model, reads = random_model(), []
+    model.norm.register_forward_hook(lambda module, args, out: reads.append(out[..., 0].numel()))
+    for use_cache, expected in [(True, [3, 1, 1, 1, 1, 1, 8, 8, 8]),  # past max_len the window
+                                (False, [3, 4, 5, 6, 7, 8, 8, 8, 8])]:
+        reads.clear()
+        generate(model, random_ids(1, 3), 9, use_cache=use_cache)
+        assert reads == expected
+
+
+def test_one_graph_serves_all_steps():
+    """The graphs are only counted. To translate them takes a C++ compiler and half a minute: the
+    page does that."""
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = random_model(max_len=24)
+    compiled = torch.compile(model, backend=note, fullgraph=True, dynamic=False)
+    out = generate(compiled, random_ids(2, 1), 23, temperature=0)
+    assert len(graphs) == 1
+    assert torch.equal(out, generate(model, random_ids(2, 1), 23, temperature=0, use_cache=False))
+    torch.compiler.reset()
