@@ -314,7 +314,7 @@ WRONG = {
     "a damaged checkpoint": ("generate --checkpoint half.pt", "half.pt"),
     "a text for a checkpoint": ("generate --checkpoint small.txt", "small.txt"),
     "an unknown character": ("generate --checkpoint good.pt --prompt xΩ", "character 'Ω'"),
-    "an empty prompt": ("generate --checkpoint good.pt --prompt ''", "at least 1 token"),
+    "an empty prompt": ("generate --checkpoint good.pt --prompt ''", "T at least 1"),
     "below zero": ("generate --checkpoint good.pt --temperature -1", "temperature is -1"),
     "no number": ("generate --checkpoint good.pt --temperature nan", "temperature is nan"),
     "no token left": ("generate --checkpoint good.pt --top-k 0", "top_k is 0"),
