@@ -458,7 +458,7 @@ def make_optimizer(model, lr, weight_decay=0.1):
               {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
     count = torch.autograd.graph.increment_version  # the fused kernel does not; Engine looks at it
-    optimizer.register_step_post_hook(lambda *step: count(matrices + vectors))
+    optimizer.register_step_post_hook(lambda *step: [count(p) for p in matrices + vectors])
     return optimizer
 
 
