@@ -510,7 +510,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.got == self.wanted and len(self.engine.pool.free) == 8
 
 
-AnyOrder.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
 
 
