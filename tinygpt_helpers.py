@@ -1,20 +1,16 @@
 """TinyGPT: a decoder-only transformer, from characters to generated text, in one file.
 
-Read it from top to bottom: each section is built, step by step, on the page of the course that its
-heading names. `make module` writes this file from the finished cells of those pages; edit them.
-
-B is the batch, T the tokens in a window, C the width of the model (d_model), V the vocabulary size.
-"""
+Each section is built, step by step, on the page of the course that its heading names: `make module`
+writes this file from the finished cells of those pages. B is the batch, T the tokens in a window, C
+the width of the model (d_model), V the size of the vocabulary."""
 
 import collections
-import copy
 import hashlib
 import io
 import json
 import math
 import operator
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -31,31 +27,21 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- page 00: start here
 
-
 def pick_device(name=None):
-    """Return the `torch.device` to compute on: the one asked for, else the best there is.
-    name: "cpu", "cuda", "mps", or None for CUDA, then MPS (Apple), then the CPU. ValueError if the
-    one that was asked for is not on this machine."""
-    here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available,
-            "cpu": lambda: True}
-    if name is None:
-        name = next(kind for kind in here if here[kind]())
-    kind = str(name).split(":")[0]
-    if kind not in here:
-        raise ValueError(f"device {name!r} is not known; choose 'cpu', 'cuda' or 'mps'")
-    if not here[kind]():
-        raise ValueError(f"device {name!r} was asked for, but PyTorch finds none here; use 'cpu' "
-                         "(in Colab: Runtime > Change runtime type > GPU)")
+    """Return the `torch.device` to compute on: `name`, or if None CUDA, then MPS (Apple), then the
+    CPU. ValueError if it is not on this machine."""
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    name = name or next(kind for kind in backends if backends[kind].is_available())
+    backend = backends.get(str(name).split(":")[0])
+    if not (backend and backend.is_available()):
+        raise ValueError(f"there is no device {name!r} here: try 'cpu', or None for the best")
     return torch.device(name)
-
 
 # ---------------------------------------------------------------- page 01: text and tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-               "tinyshakespeare/input.txt")
+SHAKESPEARE = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_HASH = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
 
 def write_atomically(path, data):
     """Write bytes to a file so that a reader finds the old content or the new, never a part."""
@@ -71,52 +57,42 @@ def write_atomically(path, data):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def load_corpus(name="tiny"):
     """Return a text to train on, as one string with "\\n" line ends.
-    name: "tiny" (the course's own stories), "shakespeare" (1.1 MB, downloaded once to the folder
-    that the environment variable TINYGPT_CACHE names, else to ~/.cache/tinygpt), or the path of
-    your own UTF-8 text. FileNotFoundError; ConnectionError: no network, or not the published file;
-    ValueError: not UTF-8, or blank."""
+    name: "tiny" (the course's own stories), "shakespeare" (1.1 MB, downloaded once, to
+    ~/.cache/tinygpt or where TINYGPT_CACHE says), or the path of your own UTF-8 text."""
     path = DATA / "tiny_corpus.txt" if name == "tiny" else Path(name).expanduser()
     if name == "shakespeare":
-        cache = Path(os.environ.get("TINYGPT_CACHE", Path.home() / ".cache" / "tinygpt"))
-        path = cache / "tinyshakespeare.txt"
+        folder = Path(os.environ.get("TINYGPT_CACHE", "~/.cache/tinygpt")).expanduser()
+        path = folder / "tinyshakespeare.txt"
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_HASH:
             try:
-                cache.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(SHAKESPEARE, path, SHAKESPEARE_HASH, progress=False)
             except (OSError, RuntimeError) as error:
                 raise ConnectionError(f"could not download {SHAKESPEARE} ({error}). Run it again "
                                       f"with a network, or put the file at {path}") from error
     if not path.is_file():
-        raise FileNotFoundError(f"there is no text file {str(path)!r}; give 'tiny', 'shakespeare' "
-                                "or the path of a UTF-8 text file")
-    data = path.read_bytes()
+        raise FileNotFoundError(f"there is no text file {str(path)!r}; known: tiny, shakespeare")
     try:
-        text = data.decode("utf-8-sig")  # -sig: Windows editors put a mark at the start
+        text = path.read_text(encoding="utf-8-sig")  # -sig: Windows editors put a mark at the start
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(name)!r} is not UTF-8: byte 0x{data[error.start]:02x} at position "
-                         f"{error.start}; save it as UTF-8 in your editor") from None
+        raise ValueError(f"{str(name)!r} is not UTF-8; save it as UTF-8: {error}") from None
     if not text.strip():
         raise ValueError(f"{str(name)!r} is empty; a text to learn from needs at least a few pages")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
+    return text
 
 def split_corpus(text, by_line=False):
-    """Return `(train_text, val_text)`: the first 90 % and the last 10 %.
-    by_line=True cuts between lines, so that no story is in both (the tiny corpus has one a line);
-    otherwise between characters, as published figures for Tiny Shakespeare have it."""
+    """Return `(train_text, val_text)`: the first 90 % and the last 10 %. by_line=True cuts between
+    lines, so that no story is in both; otherwise between characters, as is usual on Shakespeare."""
     parts = text.splitlines(keepends=True) if by_line else text
     cut = int(0.9 * len(parts))
     return "".join(parts[:cut]), "".join(parts[cut:])
 
-
 class CharTokenizer:
-    """Text to ids and back: one id for each distinct character of `text`.
-    Each tokenizer of this course has vocab_size, encode, decode, save, load, and a state of plain
-    values that names its kind. ValueError: an unknown character or id, no text, a damaged file."""
-
+    """Text to ids and back: one id for each distinct character of `text`. Each tokenizer of this
+    course has vocab_size, encode, decode, save, load, and a state of plain values that names its
+    kind. ValueError: an unknown character or id, no text, a damaged file."""
     def __init__(self, text):
         if not text:
             raise ValueError("text is empty; a vocabulary needs at least one character")
@@ -155,26 +131,19 @@ class CharTokenizer:
             raise ValueError(f"{state} is not what a CharTokenizer would write")
         return tokenizer
 
-
 TOKENIZERS = {"char": CharTokenizer}  # the kinds that a checkpoint may hold
-
 
 # ---------------------------------------------------------------- page 02: windows and batches
 
-
 class NextTokenDataset(torch.utils.data.Dataset):
-    """Every window of `block_size` tokens, with the tokens that come next as targets.
-    Item i is `(x, y)`, both `(block_size,)` int64: x = ids[i : i + block_size], and y the same
-    window one token later. ValueError if `ids` is too short for one window."""
-
+    """Every window of `block_size` tokens, with the tokens that come next as targets: item i is
+    `(x, y)`, both `(block_size,)` int64, from token i and i + 1 on. ValueError if none fits."""
     def __init__(self, ids, block_size):
         self.ids = torch.as_tensor(ids, dtype=torch.long)
         self.block_size = block_size
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}; a window needs at least 1 token")
-        if len(self.ids) < block_size + 1:
-            raise ValueError(f"{len(self.ids)} tokens are too few for one window: block_size "
-                             f"{block_size} needs {block_size + 1} (the last is a target only)")
+        if not 1 <= block_size < len(self.ids):  # the last token is a target only
+            raise ValueError(f"block_size is {block_size}; for {len(self.ids)} tokens it must be 1 "
+                             f"to {len(self.ids) - 1}")
 
     def __len__(self):
         return len(self.ids) - self.block_size
@@ -185,40 +154,32 @@ class NextTokenDataset(torch.utils.data.Dataset):
         window = self.ids[i : i + self.block_size + 1]
         return window[:-1], window[1:]
 
-
 def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
-    """Return `batch_size` windows at random places, `(x, y)`, both `(B, T)` int64.
-    The same pairs as NextTokenDataset's, with replacement, and no Python for each window.
-    ids: 1-D int64 tensor. starts: where windows may begin, 1-D int64 (None: anywhere).
-    generator: a torch.Generator on the device of `ids`. ValueError if no window fits."""
+    """Return `batch_size` random pairs of NextTokenDataset, `(x, y)`, both `(B, T)` int64.
+    ids: 1-D int64. starts: where windows may begin, 1-D int64 (None: anywhere). generator: a
+    torch.Generator on the device of `ids`. ValueError if no window fits."""
     places = len(ids) - block_size if starts is None else len(starts)
     if places < 1 or len(ids) < block_size + 1:
-        raise ValueError(f"{len(ids)} tokens are too few for one window: block_size {block_size} "
-                         f"needs {block_size + 1}, from a place where one may begin")
+        raise ValueError(f"{len(ids)} tokens hold no window of {block_size} and its last target")
     at = torch.randint(places, (batch_size,), generator=generator, device=ids.device)
     if starts is not None:
         at = starts[at]
     windows = ids.unfold(0, block_size + 1, 1).index_select(0, at)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
-
 # ---------------------------------------------------------------- page 03: the model
-
 
 def attention_weights(q, k):
     """Return who looks at whom: softmax(q k^T / sqrt(d_head)), each position at its past only.
-    q, k: `(..., T, d_head)` -> `(..., T, T)`, rows sum to 1, zero above the diagonal.
-    Vaswani et al. 2017, section 3.2.1."""
+    q, k: `(..., T, d_head)` -> `(..., T, T)`, rows sum to 1. Vaswani et al. 2017, section 3.2.1."""
     T = q.size(-2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
 
-
 @dataclass
 class GPTConfig:
     """The sizes of a model; ValueError for sizes that make none."""
-
     vocab_size: int
     d_model: int  # the width of the residual stream
     n_heads: int  # attention heads in each block; d_head = d_model / n_heads
@@ -229,15 +190,11 @@ class GPTConfig:
     def __post_init__(self):
         sizes = (self.vocab_size, self.d_model, self.n_heads, self.n_layers, self.max_len)
         if min(sizes) < 1 or self.d_model % self.n_heads or not 0 <= self.dropout < 1:
-            raise ValueError(f"{self}: each size must be 1 or more, d_model divisible by n_heads, "
-                             "and dropout at least 0 and below 1")
-
+            raise ValueError(f"{self}: sizes >= 1, d_model divisible by n_heads, 0 <= dropout < 1")
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention: `(B, T, C)` -> `(B, T, C)`.
-    What the tokens may attend to is the memory's to say: memory.attend(layer, q, k, v). None: each
-    at the tokens of this call up to itself, by PyTorch's fused kernel."""
-
+    """Multi-head causal self-attention, `(B, T, C)` -> `(B, T, C)`. memory.attend(layer, q, k, v)
+    does it; if memory is None, each token looks at this call's up to itself, by a fused kernel."""
     def __init__(self, config, layer=0):
         super().__init__()
         self.layer, self.n_heads, self.dropout = layer, config.n_heads, config.dropout
@@ -246,8 +203,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, memory=None):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)
-                   for part in self.qkv(x).split(C, dim=-1))  # each (B, n_heads, T, d_head)
+        heads = self.qkv(x).view(B, T, 3 * self.n_heads, C // self.n_heads).transpose(1, 2)
+        q, k, v = heads.split(self.n_heads, dim=1)  # each (B, n_heads, T, d_head)
         dropout = self.dropout if self.training else 0.0
         if memory is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -256,12 +213,9 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return F.dropout(self.proj(y), dropout)
 
-
 class Block(nn.Module):
-    """One pre-norm transformer block, `(B, T, C)` -> `(B, T, C)`: talk, then think.
-    Attention moves information between positions, the MLP works at each position alone; each
-    reads a normalised copy of x and adds what it finds."""
-
+    """One pre-norm transformer block, `(B, T, C)` -> `(B, T, C)`: talk, then think. Attention and
+    the MLP each read a normalised copy of x and add what they find."""
     def __init__(self, config, layer=0):
         super().__init__()
         C = config.d_model
@@ -275,20 +229,15 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), memory)
         return x + self.mlp(self.norm2(x))
 
-
 def check_ids(idx, vocab_size):
-    """Raise a ValueError that says what is wrong, unless idx is `(B, T)` ids below vocab_size.
-    To look at values would stop a GPU and break a compiled graph: there it is left to generate,
-    train and Engine, which check on the CPU, once."""
+    """Raise a ValueError unless idx is `(B, T)` ids below vocab_size. On a GPU and in a compiled
+    graph values cannot be looked at: generate, train and Engine check on the CPU, once."""
     if idx.ndim != 2 or idx.size(1) == 0 or idx.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"idx must be (B, T) integer ids, T at least 1, not {tuple(idx.shape)} "
-                         f"{idx.dtype}")
+        raise ValueError(f"idx must be (B, T) integers, T > 0, not {tuple(idx.shape)} {idx.dtype}")
     if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
         low, high = (end.item() for end in idx.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"id {low if low < 0 else high} is outside the vocabulary of "
-                             f"{vocab_size}: ids go from 0 to {vocab_size - 1}")
-
+            raise ValueError(f"id {min(low, 0) or high} is outside the vocabulary of {vocab_size}")
 
 def sinusoids(length, width):
     """Return waves from fast to slow, `(length, width)`: neighbours are alike.
@@ -296,13 +245,11 @@ def sinusoids(length, width):
     angles = torch.arange(length)[:, None] / 1000 ** (torch.arange(0, width, 2) / width)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
-
 @torch.no_grad()
 def init_weights(model):
-    """Set the weights a model starts from: a first loss of ln V, and fast from there.
-    Matrices: normal, std 1 / sqrt(inputs), which keeps the size of a signal; smaller by
-    sqrt(2 n_layers) where they add to the residual stream (GPT-2, section 2.3). Positions are
-    learned, but start as waves. The head is so small that every token starts equally likely."""
+    """Set the weights a model starts from: a first loss of ln V, and fast from there. Matrices:
+    normal, std 1 / sqrt(inputs); smaller by sqrt(2 n_layers) where they add to the residual stream
+    (GPT-2, section 2.3); the head so small that every token is equally likely. Positions: waves."""
     for name, weight in model.named_parameters():
         if weight.ndim < 2:
             continue  # the norms begin as PyTorch has them: gain 1, bias 0
@@ -314,14 +261,11 @@ def init_weights(model):
         weight.normal_(std=std)
     model.positions.weight.copy_(0.4 * sinusoids(*model.positions.weight.shape))
 
-
 class TinyGPT(nn.Module):
-    """A decoder-only transformer: ids `(B, T)` -> logits `(B, T, vocab_size)`.
-    TinyGPT(config), or with the fields of GPTConfig: TinyGPT(vocab_size=65, d_model=128, ...).
-    memory: an object whose place(idx) returns where the tokens stand and whose attend(layer, q, k,
-    v) lets them look (AttentionRecorder, KVCache, PagedBatch). None: the tokens are the whole text.
-    ValueError: T > max_len, ids outside the vocabulary."""
-
+    """A decoder-only transformer: ids `(B, T)` -> logits `(B, T, vocab_size)`. TinyGPT(config), or
+    with the fields of GPTConfig. memory: an object whose place(idx) returns where the tokens stand
+    and whose attend(layer, q, k, v) lets them look (AttentionRecorder, KVCache, PagedBatch). None:
+    the tokens are the whole text. ValueError: T > max_len, ids outside the vocabulary."""
     def __init__(self, *sizes, **named_sizes):
         super().__init__()
         whole = len(sizes) == 1 and isinstance(sizes[0], GPTConfig) and not named_sizes
@@ -338,10 +282,8 @@ class TinyGPT(nn.Module):
     def forward(self, idx, memory=None):
         check_ids(idx, self.vocab_size)
         if memory is None and idx.size(1) > self.max_len:
-            raise ValueError(f"idx has T = {idx.size(1)} tokens; this model reads 1 to max_len = "
-                             f"{self.max_len}: crop to idx[:, -{self.max_len}:]")
-        here = torch.arange(idx.size(1), device=idx.device)
-        places = here if memory is None else memory.place(idx)
+            raise ValueError(f"T = {idx.size(1)} passes max_len: crop to idx[:, -{self.max_len}:]")
+        places = memory.place(idx) if memory else torch.arange(idx.size(1), device=idx.device)
         x = self.dropout(self.tokens(idx) + self.positions(places))  # (B, T, C)
         for block in self.blocks:
             x = block(x, memory)
@@ -351,11 +293,9 @@ class TinyGPT(nn.Module):
         """Return the logits `(..., V)` of a residual stream `(..., C)`."""
         return self.head(self.norm(x))
 
-
 class AttentionRecorder:
-    """A memory like None that keeps the attention weights: model(idx, recorder).
-    weights, afterwards: `(n_layers, B, n_heads, T, T)`, which the fused kernel never stores."""
-
+    """A memory like None that keeps what the fused kernel never stores: model(idx, recorder), then
+    recorder.weights, `(n_layers, B, n_heads, T, T)`. For a model in eval mode."""
     def place(self, idx):
         self.maps = []
         return torch.arange(idx.size(1), device=idx.device)
@@ -368,39 +308,10 @@ class AttentionRecorder:
     def weights(self):
         return torch.stack(self.maps)
 
-
-def plot_attention(weights, tokens, title="Who looks at whom"):
-    """Draw attention maps, one for each head, and return the matplotlib figure.
-    weights: `(n_heads, T, T)` or one map `(T, T)`. tokens: the T characters, on both axes.
-    Row = the position that looks, column = the position looked at; one colour scale for all."""
-    maps = weights.detach().float().cpu().reshape(-1, *weights.shape[-2:]).numpy()
-    if maps.shape[-1] != len(tokens):
-        raise ValueError(f"{len(tokens)} tokens do not fit weights of T = {maps.shape[-1]}")
-    columns, rows = min(4, len(maps)), math.ceil(len(maps) / 4)
-    side = min(6.0, max(2.6, 0.22 * len(tokens))) if len(maps) == 1 else 2.9
-    figure, axes = plt.subplots(rows, columns, figsize=(side * columns + 0.9, side * rows + 0.6),
-                                squeeze=False, layout="constrained")
-    labels = [{" ": "␣", "\n": "↵"}.get(ch, ch) for ch in tokens]
-    for ax in axes.flat[len(maps) :]:
-        ax.axis("off")
-    for head, (ax, weight) in enumerate(zip(axes.flat, maps)):
-        image = ax.imshow(weight, vmin=0, vmax=1, cmap="viridis")
-        for set_ticks in (ax.set_xticks, ax.set_yticks):
-            set_ticks(range(len(labels)), labels, fontsize=7, family="monospace")
-        ax.set(xlabel="looked at", title=f"head {head}" if len(maps) > 1 else "")
-    axes[0, 0].set_ylabel("looking")
-    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-    figure.suptitle(title)
-    return figure
-
-
 # ---------------------------------------------------------------- page 04: training
 
-
 def train_one_epoch(model, loader, optimizer, device):
-    """Show the model every batch of `loader` once; return the mean loss, nats per token.
-    The mean is over tokens, so a short last batch counts for no more than it holds. ValueError if
-    the loader has no batch."""
+    """Show the model every batch of `loader` once; return the mean loss, in nats per token."""
     model.train()
     total, count = 0.0, 0
     for x, y in loader:
@@ -415,61 +326,52 @@ def train_one_epoch(model, loader, optimizer, device):
         raise ValueError("the loader has no batch: fewer windows than batch_size, with drop_last?")
     return total / count
 
-
 @contextmanager
 def eval_mode(model):
     """Switch dropout off inside a `with` block; afterwards the mode is what it was."""
     training = model.training
-    if training:
-        model.eval()
+    model.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()
-
+        model.train(training)
 
 @torch.no_grad()
-def evaluate(model, ids, batch_size=64):
-    """Return the mean loss over all of `ids`, in nats per token, with dropout off.
-    The text is cut into windows of max_len that do not overlap, so each token but the first is
-    predicted exactly once. ids: 1-D int64 tensor of at least 2 tokens, else ValueError."""
+def evaluate(model, ids, batch_size=64, starts=None):
+    """Return the mean loss over `ids`, 1-D int64, in nats per token, with dropout off.
+    The text is cut every max_len tokens, so that each token but the first is predicted exactly
+    once. starts: where to cut instead, so that each part is read from its start, up to max_len."""
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} tokens are too few to evaluate: 2 are needed")
-    device, n, total = next(model.parameters()).device, len(ids) - 1, 0.0
-    T = min(model.max_len, n)
-    x = F.pad(ids[:-1], (0, -n % T)).view(-1, T)  # the last window is filled up with id 0,
-    y = F.pad(ids[1:], (0, -n % T), value=-100).view(-1, T)  # and targets that do not count
+    device, last, total = next(model.parameters()).device, len(ids) - 1, 0.0
+    starts = torch.arange(0, last, model.max_len) if starts is None else starts
+    lengths = starts.diff(append=torch.tensor([last]))
+    steps = torch.arange(min(model.max_len, lengths.max().item()))
+    at = (starts[:, None] + steps).clamp(max=last - 1)  # (windows, T): the places in the text
+    x, y = ids[at], ids[at + 1].masked_fill(steps >= lengths[:, None], -100)  # it does not count
     with eval_mode(model):
         for inputs, targets in zip(x.split(batch_size), y.split(batch_size)):
             logits = model(inputs.to(device)).flatten(0, 1)
-            targets = targets.to(device).flatten()
-            total += F.cross_entropy(logits, targets, reduction="sum").item()
-    return total / n
-
+            total += F.cross_entropy(logits, targets.to(device).flatten(), reduction="sum").item()
+    return total / (y >= 0).sum().item()
 
 def make_optimizer(model, lr, weight_decay=0.1):
-    """Return AdamW that decays matrices only: not the gains and biases of the norms.
-    lr: the peak learning rate. Loshchilov and Hutter 2019; betas as nanoGPT has them for
-    character models (0.99: longer than its usual 0.95, shorter than PyTorch's 0.999)."""
+    """Return AdamW (Loshchilov and Hutter 2019) that decays matrices only: not the gains and biases
+    of the norms. lr: the peak learning rate. The betas are nanoGPT's for character models."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
     count = torch.autograd.graph.increment_version  # the fused kernel does not; Engine looks at it
     optimizer.register_step_post_hook(lambda *step: [count(p) for p in matrices + vectors])
     return optimizer
 
-
 def get_lr(progress, peak, warmup=0.05):
-    """Return the learning rate at `progress`, the share of the training that is done.
-    A straight line up to `peak` over the first `warmup`, then half a cosine down to zero
-    (Loshchilov and Hutter 2017)."""
+    """Return the learning rate at `progress`, the share of the training that is done: straight up
+    to `peak` over the first `warmup`, then half a cosine to zero (Loshchilov and Hutter 2017)."""
     if progress < warmup:
         return peak * (progress + 0.01) / (warmup + 0.01)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
-
 
 def pick_precision(device):
     """Return the dtype in which training multiplies on this torch.device, for torch.autocast.
@@ -480,7 +382,6 @@ def pick_precision(device):
         return torch.bfloat16 if able else torch.float16
     can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
-
 
 def train_step(model, optimizer, x, y, lr, clip=1.0, precision=torch.float32, scaler=None):
     """Take one step at learning rate `lr` on the batch `(x, y)`, both `(B, T)`; return its loss.
@@ -500,80 +401,68 @@ def train_step(model, optimizer, x, y, lr, clip=1.0, precision=torch.float32, sc
     scaler.update()
     return loss.detach()
 
-
 def progress_line(first=0.0):
-    """Return `show(progress, message, last=False)`, which prints how far a long loop is.
-    One line, written over in a terminal or notebook, or a new one every ten seconds in a log.
-    first, progress: from 0 to 1, where this run starts and where it is."""
+    """Return `show(progress, message, last=False)`, which prints how far from 0 to 1 a loop is that
+    began at `first`: in one line, or in a log in a new one every ten seconds."""
     live, began, shown = sys.stdout.isatty() or "ipykernel" in sys.modules, time.perf_counter(), 0.0
 
     def show(progress, message, last=False):
         nonlocal shown
         spent = time.perf_counter() - began
-        if spent - shown < (0.2 if live else 10) and not last:
-            return
-        shown, left = spent, spent / max(progress - first, 0.001) * (1 - progress)
-        line = f"[{'=' * int(20 * progress):.<20}] {message}  {spent:.0f} s, {left:.0f} s left"
-        print(f"\r{line:<95}" if live else line, end="" if live and not last else "\n", flush=True)
+        if last or spent - shown > (0.2 if live else 10):
+            shown, left = spent, spent / max(progress - first, 0.001) * (1 - progress)
+            line = f"[{'=' * int(20 * progress):.<20}] {message}  {spent:.0f} s, {left:.0f} s left"
+            end = "" if live and not last else "\n"
+            print(f"\r{line:<95}" if live else line, end=end, flush=True)
 
     return show
-
 
 def save_checkpoint(path, model, optimizer=None, step=0, tokenizer=None, generator=None,
                     history=None, scaler=None, seed=None):
     """Write all that is needed to go on: model, optimiser, step, RNG states, tokenizer.
     The file appears whole or not at all. generator: the torch.Generator that draws the batches."""
-    on_gpu = next(model.parameters()).is_cuda
     buffer = io.BytesIO()
     torch.save({
         "format": "tinygpt-2", "config": asdict(model.config), "model": model.state_dict(),
         "optimizer": optimizer and optimizer.state_dict(), "scaler": scaler and scaler.state_dict(),
         "step": step, "seed": seed, "history": history, "tokenizer": tokenizer and tokenizer.state,
         "rng": {"torch": torch.get_rng_state(), "batches": generator and generator.get_state(),
-                "cuda": torch.cuda.get_rng_state() if on_gpu else None},
+                "cuda": torch.cuda.get_rng_state() if model.head.weight.is_cuda else None},
     }, buffer)
     write_atomically(path, buffer.getvalue())
 
-
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint; return its dict with "model" and "tokenizer" as objects again.
-    Only tensors and plain values are read (weights_only=True): a file from a stranger cannot run
-    code. Sizes are compared before memory is taken. ValueError if it is damaged or foreign."""
+    Only tensors and plain values are read: a file from a stranger cannot run code, nor take more
+    memory than its size. ValueError if it is damaged or foreign."""
     data = Path(path).read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
-            if sum(part.file_size for part in parts.infolist()) > len(data):
-                raise ValueError("it would unpack to more than it holds")
-            if changed := parts.testzip():  # torch.load does not look at checksums
-                raise ValueError(f"its part {changed} has changed")
+            if sum(part.file_size for part in parts.infolist()) > len(data) or parts.testzip():
+                raise ValueError("parts are changed or packed")  # torch.load looks at no checksum
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if state["format"] != "tinygpt-2":
             raise ValueError(f"its format is {state['format']!r}, not 'tinygpt-2'")
-        config, weights = GPTConfig(**state["config"]), state["model"]
-        if config.n_layers > len(weights) or sum(w.nbytes for w in weights.values()) > len(data):
+        config, weights = GPTConfig(**state["config"]), state["model"].values()
+        whole = all(weight.is_contiguous() and not weight.is_meta for weight in weights)
+        if not whole or len(data) < sum(weight.nbytes for weight in weights) + config.n_layers:
             raise ValueError(f"it is too small for {config}")
-        if any(w.is_meta or not w.is_contiguous() for w in weights.values()):
-            raise ValueError("its weights are not stored whole")
         with torch.device("meta"):  # shapes alone
             model = TinyGPT(config)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(state["model"], assign=True)
         tokenizer = state["tokenizer"]
         if tokenizer is not None:
             tokenizer = TOKENIZERS[tokenizer["kind"]].from_state(tokenizer)
             if tokenizer.vocab_size != config.vocab_size:
                 raise ValueError(f"{tokenizer.vocab_size} tokens do not fit {config}")
     except Exception as error:  # torch.load's errors for damaged files are of many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it unsafely
-            reason = "PyTorch cannot read it safely"
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__} in reading it"
         raise ValueError(f"{str(path)!r} is damaged or no TinyGPT checkpoint: {reason}") from None
     return state | {"model": model.to(device), "tokenizer": tokenizer}
 
-
 def resume_run(checkpoint, model, optimizer, generator, scaler, seed):
-    """Put a run back as load_checkpoint read it: weights, optimiser, random numbers; its history.
-    ValueError if it holds none, or one with another seed, or an optimiser of other shapes, past
-    whose end the fused kernel would write."""
+    """Put a run back as load_checkpoint read it; return its history. ValueError if it holds none,
+    one with another seed, or optimiser states past whose end the fused kernel would write."""
     if not (checkpoint["optimizer"] and checkpoint["history"]):
         raise ValueError("this checkpoint holds a model alone: it can generate, but not resume")
     if checkpoint["seed"] != seed:
@@ -583,10 +472,10 @@ def resume_run(checkpoint, model, optimizer, generator, scaler, seed):
         groups = optimizer.state_dict()["param_groups"]  # our settings, not the file's
         optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
         for weight, state in optimizer.state.items():
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            if state["step"].shape or {(m.shape, m.is_contiguous()) for m in moments} != {
-                    (weight.shape, True)}:
-                raise ValueError("its optimiser's states do not fit its weights")
+            for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                fits = moment.shape == weight.shape and moment.is_contiguous()
+                if not fits or state["step"].shape:
+                    raise ValueError("its optimiser's states do not fit its weights")
         scaler.load_state_dict(checkpoint["scaler"])
         generator.set_state(checkpoint["rng"]["batches"])
         torch.set_rng_state(checkpoint["rng"]["torch"])  # dropout draws from this one
@@ -594,13 +483,11 @@ def resume_run(checkpoint, model, optimizer, generator, scaler, seed):
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"this run cannot go on, its checkpoint is damaged: {error!r}") from None
-    return copy.deepcopy(checkpoint["history"])
-
+    return {name: list(values) for name, values in checkpoint["history"].items()}
 
 def validate_and_save(model, validate, history, step, out=None, **state):
-    """Add validate(model) to `history` as the validation loss; save last.pt and, if best, best.pt.
-    out: the folder, or None to save nothing; state: what save_checkpoint takes beside. Raises
-    FloatingPointError, with the files left as they were, if the loss is not finite."""
+    """Add validate(model) to `history`; save last.pt and, if it is the best, best.pt in `out`, with
+    `state`. FloatingPointError, and no file touched, if the loss is not finite."""
     if step in history["val_step"]:  # measured just before the run was paused
         return
     history["val_step"].append(step)
@@ -611,40 +498,35 @@ def validate_and_save(model, validate, history, step, out=None, **state):
         if name == "last.pt" or loss == min(history["val_loss"]):
             save_checkpoint(Path(out) / name, model, step=step, history=history, **state)
 
-
 @dataclass
 class TrainConfig:
     """How to train; ValueError for a number that cannot be."""
-
     steps: int = 1000
     batch_size: int = 32
     lr: float = 3e-3  # the highest: see get_lr
     block_size: int | None = None  # tokens in a window; None: the model's max_len
     eval_every: int = 200  # steps from one validation, and checkpoint, to the next
     max_seconds: float = math.inf  # end after so many, with the learning rate down by then
-    stop_at: int | None = None  # pause before this step
+    stop_at: float = math.inf  # pause before this step
     seed: int = 0  # of the batches
     precision: torch.dtype = torch.float32  # see pick_precision
     compile: bool = False  # by torch.compile: slow to start, then faster
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "lr", "eval_every", "max_seconds"):
+        for name in ("steps", "batch_size", "lr", "eval_every", "max_seconds", "stop_at"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-
 
 def train(model, train_ids, val_ids, starts=None, validate=None, out=None, tokenizer=None,
           resume=None, on_eval=lambda history: None, **settings):
     """Train; return {"train_loss": [...], "val_step": [...], "val_loss": [...]}.
     settings: the fields of TrainConfig. Every `eval_every` steps: validate_and_save to the folder
-    `out` (validate None: evaluate on val_ids), then on_eval(history). resume: a loaded checkpoint
-    to go on from. starts: see sample_batch. FloatingPointError that names the step if a loss is
-    not finite, seen within 10 steps; the files stay as they were."""
-    config = TrainConfig(**settings)
-    device, block_size = next(model.parameters()).device, config.block_size or model.max_len
+    `out`, if any (validate None: evaluate on val_ids), then on_eval(history). starts: see
+    sample_batch. resume: a loaded checkpoint to go on from. FloatingPointError that names the step
+    if a loss is not finite, seen within 10 steps; the files stay as they were."""
+    config, device = TrainConfig(**settings), next(model.parameters()).device
     check_ids(train_ids[None].cpu(), model.vocab_size)
-    train_ids = train_ids.to(device)
-    starts = None if starts is None else starts.to(device)
+    train_ids, starts = train_ids.to(device), None if starts is None else starts.to(device)
     validate = validate or partial(evaluate, ids=val_ids)
     optimizer = make_optimizer(model, config.lr)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -662,33 +544,31 @@ def train(model, train_ids, val_ids, starts=None, validate=None, out=None, token
     while True:
         spent = time.perf_counter() - began
         progress = min(1.0, max(step / config.steps, spent / config.max_seconds))
-        last = progress == 1 or step == config.stop_at
+        last = progress == 1 or step >= config.stop_at
         evaluating = last or step % config.eval_every == 0
         if losses and (evaluating or len(losses) == 10):
             history["train_loss"] += torch.stack(losses).tolist()
-            for at, loss in list(enumerate(history["train_loss"]))[-len(losses) :]:
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"step {at}: the loss is {loss}; try a lower learning "
-                                             "rate, or resume from last.pt")
+            for at in range(step - len(losses), step):
+                if not math.isfinite(loss := history["train_loss"][at]):
+                    raise FloatingPointError(f"step {at}: the loss is {loss}; try a lower lr")
             losses = []
         if evaluating:
             validate_and_save(model, validate, history, step, **state)
             on_eval(history)
-        recent, newest = history["train_loss"][-50:], history["val_loss"][-1]
-        mean = sum(recent) / len(recent) if recent else math.nan
+        recent, newest = history["train_loss"][-50:] or [math.nan], history["val_loss"][-1]
+        mean = sum(recent) / len(recent)
         show(progress, f"step {step:,}  loss {mean:.3f}, validation {newest:.3f}", last)
         if last:
             return history
-        x, y = sample_batch(train_ids, block_size, config.batch_size, generator, starts)
+        x, y = sample_batch(train_ids, config.block_size or model.max_len, config.batch_size,
+                            generator, starts)
         losses.append(train_step(learner, optimizer, x, y, get_lr(progress, config.lr),
                                  precision=config.precision, scaler=scaler))
         step += 1
 
-
 def plot_loss(history, floor=None, title="The loss falls"):
-    """Draw the curves of a history that `train` returned; return the figure.
-    floor: nats per token that no model beats on average, drawn as a line, if it is known.
-    The training loss of single steps is pale, its mean over 2 % of the run is drawn over it."""
+    """Draw a history that `train` returned, single steps pale, their mean over 2 % of the run dark;
+    return the figure. floor: nats per token that no model beats on average, if they are known."""
     losses = torch.tensor(history["train_loss"] or [math.nan])
     width = max(1, len(losses) // 50)
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -701,15 +581,12 @@ def plot_loss(history, floor=None, title="The loss falls"):
     ax.legend()
     return figure
 
-
 # ---------------------------------------------------------------- page 05: generation
-
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Turn logits `(B, V)` into the probabilities `(B, V)` to sample the next token from.
-    temperature: divides the logits; 0 puts all on the largest (greedy). top_k: only the k most
-    likely tokens stay. top_p: only the fewest most likely ones whose probabilities reach p, the
-    one that crosses p included (Holtzman et al. 2020). ValueError: out of range, nan logits."""
+    temperature divides the logits; 0 puts all on the largest (greedy). top_k: only the k likeliest
+    stay; top_p: only the fewest likeliest that together reach p (Holtzman et al. 2020)."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more, and finite")
     if top_k is not None and top_k < 1:
@@ -718,10 +595,10 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (None: all)")
     logits = logits.float()  # before anything else: half precision would round the differences
     highest, best = logits.max(-1, keepdim=True)
-    if not highest.isfinite().all():
+    if not highest.sum().isfinite():
         raise ValueError("the logits are nan or infinite: the weights were spoilt in training")
     if temperature == 0:
-        return torch.zeros_like(logits).scatter(-1, best, 1.0)
+        return torch.zeros_like(logits).scatter_(-1, best, 1.0)
     logits = (logits - highest) / max(temperature, 1e-30)  # float32 takes less for 0
     if top_k is not None:
         kept = logits.topk(min(top_k, logits.size(-1))).indices
@@ -729,28 +606,24 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked
-        beyond = before >= max(top_p, 1e-30)  # the ones before it reach p already
+        beyond = ranked.cumsum(-1) - ranked >= max(top_p, 1e-30)  # those before it reach p already
         probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
-
 def sample(probs, generator=None):
-    """Draw one token from each row of probs `(B, V)`: `(B,)` int64.
-    It is drawn where the generator lives: a seed gives the same random numbers for every device."""
-    place = generator.device if generator is not None else probs.device
+    """Draw one token from each row of probs `(B, V)`: `(B,)` int64. It is drawn where the generator
+    lives: a seed gives the same random numbers for every device."""
+    place = generator.device if generator else probs.device
     token = torch.multinomial(probs.to(place), 1, generator=generator)
     return token.squeeze(1).to(probs.device)
 
-
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
              stop_id=None, use_cache=True):
-    """Append `max_new_tokens` sampled tokens to idx `(B, T)`; return `(B, T + max_new_tokens)`.
-    The model, compiled or not, sees the last max_len tokens. generator: a torch.Generator, for the
-    same text again. stop_id: a row that has written it is filled up with it. use_cache: each token
-    is read once, up to max_len; from there on every token's position changes with each new one, and
-    the window is read anew. temperature, top_k, top_p: see next_token_probs. ValueError for an
-    empty prompt or a value out of range. The model's training mode is left as it was."""
+    """Append `max_new_tokens` tokens to idx `(B, T)`; return `(B, T + max_new_tokens)`. The model,
+    compiled or not, sees the last max_len tokens. temperature, top_k, top_p: see next_token_probs.
+    generator: a torch.Generator, for the same text again. stop_id: a row that has written it is
+    filled up with it. use_cache: each token is read once; past max_len all positions change with
+    each new token, and the window is read anew. ValueError: no prompt, a value out of range."""
     check_ids(idx.cpu(), model.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
@@ -773,83 +646,52 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
                     break
     return idx
 
-
 def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0, max_chars=180):
     """Return `n` stories as strings: what the model writes from a line's start to its end.
-    Each begins with `prompt`; one without an end after `max_chars` more tokens is cut there.
-    The tiny corpus has one story a line, so a line end is both start and stop."""
-    device, [newline] = next(model.parameters()).device, tokenizer.encode("\n")
-    idx = torch.tensor([tokenizer.encode("\n" + prompt)] * n, device=device)
-    generator = torch.Generator().manual_seed(seed)
+    Each begins with `prompt`; one without an end after `max_chars` more tokens is cut there."""
+    generator, [newline] = torch.Generator().manual_seed(seed), tokenizer.encode("\n")
+    idx = torch.tensor([tokenizer.encode("\n" + prompt)] * n, device=model.head.weight.device)
     idx = generate(model, idx, max_chars, temperature, generator=generator, stop_id=newline)
     return [tokenizer.decode(row.tolist()).strip("\n") for row in idx]
 
-
-@torch.no_grad()
-def story_loss(model, tokenizer, text, batch_size=64):
-    """Return the mean loss of whole stories, in nats per character, whatever the tokens are.
-    text: one story a line. Each is read from its start, as the floor is counted; `evaluate` cuts
-    anywhere, and pays for the beginnings it hides. What lies past max_len is left out."""
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    stories = sorted(text.splitlines(), key=len)  # neighbours of about one length: little padding
-    with eval_mode(model):
-        for i in range(0, len(stories), batch_size):
-            rows = [torch.tensor(tokenizer.encode(f"\n{story}\n")[: model.max_len + 1])
-                    for story in stories[i : i + batch_size]]
-            idx = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(device)
-            x, y = idx[:, :-1].clamp(min=0), idx[:, 1:]  # cross_entropy leaves targets of -100 out
-            total += F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
-            count += sum(len(tokenizer.decode(row[1:])) for row in rows)
-    return total / count
-
-
 # ---------------------------------------------------------------- page 06: looking inside
 
-
 def head_scores(weights, targets):
-    """Return how well each head does a job, `(n_layers, n_heads)`, from 0 to 1.
-    weights: `(n_layers, B, n_heads, T, T)`, of an AttentionRecorder. targets: `(B, T, T)` bool,
-    True where the job asks the row's position to look at the column's. The score is the attention
-    weight on these, averaged over the rows that have any; ValueError if no row has."""
-    if targets.dtype != torch.bool or targets.shape != weights[0, :, 0].shape:
-        raise ValueError(f"targets must be {tuple(weights[0, :, 0].shape)} bool, to fit the "
-                         f"weights, not {tuple(targets.shape)} {targets.dtype}")
+    """Return how well each head does a job, `(n_layers, n_heads)`, from 0 to 1: the attention
+    weights `(n_layers, B, n_heads, T, T)` on its targets, a mean over the rows that have any.
+    targets: `(B, T, T)` bool, True where the row's position is to look at the column's."""
+    shape = tuple(weights[0, :, 0].shape)
+    if targets.dtype != torch.bool or targets.shape != shape or not targets.any():
+        raise ValueError(f"targets must be {shape} bool with a True in it, not "
+                         f"{tuple(targets.shape)} {targets.dtype} with {targets.sum()}")
     rows = targets.any(-1)  # (B, T)
-    if not rows.any():
-        raise ValueError("targets is False everywhere: no position has anything to look at")
     hits = (weights * targets[:, None]).sum(-1).transpose(1, 2)  # (n_layers, n_heads, B, T)
     return hits[:, :, rows].mean(-1)
 
-
 @contextmanager
+@torch.no_grad()
 def ablate(model, heads):
-    """Knock heads out inside a `with` block: nothing that they gather gets through.
-    heads: pairs (layer, head). Their columns of `proj` are zero meanwhile, for all that the model
-    does: reading, writing, with a cache or without. It is whole again afterwards, also after an
-    error. ValueError if it has no such head. Michel et al. 2019 knock heads out like this."""
+    """Knock heads out inside a `with` block: nothing that they gather gets through (Michel et al.
+    2019). heads: pairs (layer, head), whose columns of `proj` are zero meanwhile, for all that the
+    model does. It is whole again afterwards. ValueError if it has no such head."""
     c, heads = model.config, list(heads)
     for layer, head in heads:
         if not (0 <= layer < c.n_layers and 0 <= head < c.n_heads):
-            raise ValueError(f"there is no head {head} in layer {layer}: the model has layers 0 "
-                             f"to {c.n_layers - 1} of heads 0 to {c.n_heads - 1}")
+            raise ValueError(f"there is no head {head} in layer {layer}; both count from 0 in {c}")
     weights = [block.attention.proj.weight for block in model.blocks]  # each (C, C)
-    kept, d_head = [weight.detach().clone() for weight in weights], c.d_model // c.n_heads
+    kept, d_head = [weight.clone() for weight in weights], c.d_model // c.n_heads
     try:
-        with torch.no_grad():
-            for layer, head in heads:
-                weights[layer][:, head * d_head : (head + 1) * d_head] = 0
+        for layer, head in heads:
+            weights[layer][:, head * d_head : (head + 1) * d_head] = 0
         yield
     finally:
-        with torch.no_grad():
-            for weight, whole in zip(weights, kept):
-                weight.copy_(whole)
-
+        for weight, whole in zip(weights, kept):
+            weight.copy_(whole)
 
 @torch.no_grad()
 def logit_lens(model, idx):
-    """Return the logits that each layer would give, `(n_layers + 1, B, T, V)`.
-    Entry 0 reads the embeddings, entry n what stands in the residual stream after n blocks; the
-    last is `model(idx)`. For a model in eval mode. nostalgebraist 2020."""
+    """Return the logits that each layer would give, `(n_layers + 1, B, T, V)`: entry n reads the
+    residual stream after n blocks. For a model in eval mode. nostalgebraist 2020."""
     stream, parts = [], [model.dropout, *model.blocks]  # hooks see what each part returns
     hooks = [part.register_forward_hook(lambda *call: stream.append(call[2])) for part in parts]
     try:
@@ -859,17 +701,13 @@ def logit_lens(model, idx):
             hook.remove()
     return model.unembed(torch.stack(stream))
 
-
 # ---------------------------------------------------------------- page 07: the KV cache
-
 
 class KVCache:
     """A memory of the keys and values of all tokens read so far, for one batch of texts.
     model(idx, cache) reads the new tokens idx `(B, T)`: the last T rows of model(all), for the work
-    of T tokens. k, v: `(n_layers, B, n_heads, max_len, d_head)`, of which the first `length`
-    positions are in use: fixed shapes and a tensor for length, so that one compiled graph serves
-    all steps. For a model in eval mode. ValueError if it would pass max_len."""
-
+    of T tokens. k, v: `(n_layers, B, n_heads, max_len, d_head)`, of which the first `length` are in
+    use. One compiled graph serves all steps. ValueError if it would pass max_len."""
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
         shape = c.n_layers, batch_size, c.n_heads, c.max_len, c.d_model // c.n_heads
@@ -878,35 +716,31 @@ class KVCache:
 
     def place(self, idx):
         T, max_len = idx.size(1), self.k.size(3)
+        self.places, self.end = self.length + torch.arange(T, device=idx.device), max_len
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            if (room := max_len - self.length.item()) < T:
-                raise ValueError(f"{T} tokens after the {max_len - room} in the cache would pass "
-                                 f"max_len = {max_len}: only {room} more fit")
-        self.places = self.length + torch.arange(T, device=idx.device)
-        future = torch.arange(max_len, device=idx.device) > self.places[:, None]
-        self.mask = self.k.new_zeros(T, max_len).masked_fill(future, -math.inf)
+            self.end = self.length.item() + T  # what is still empty need not be looked at
+            if self.end > max_len:
+                raise ValueError(f"{T} tokens after {self.end - T} pass max_len = {max_len}")
+        future = torch.arange(self.end, device=idx.device) > self.places[:, None]
+        self.mask = self.k.new_zeros(future.shape).masked_fill(future, -math.inf)
         self.length += T
         return self.places
 
     def attend(self, layer, q, k, v):
-        k = self.k[layer].index_copy_(2, self.places, k)  # (B, n_heads, max_len, d_head)
-        v = self.v[layer].index_copy_(2, self.places, v)
+        k = self.k[layer].index_copy_(2, self.places, k)[:, :, : self.end]
+        v = self.v[layer].index_copy_(2, self.places, v)[:, :, : self.end]
         return F.scaled_dot_product_attention(q, k, v, self.mask)
-
 
 # ---------------------------------------------------------------- page 08: serving
 
-
 class PagePool:
-    """Memory for keys and values in pages of `page_size` tokens, allocated on demand.
-    kv: `(n_layers, n_pages, page_size, 2, n_heads, d_head)`, keys then values. A page may have
-    several users (ref_count). One without is free, but as long as nobody needs it, a full page can
-    still be found by its text. Kwon et al. 2023 (PagedAttention), section 4."""
-
+    """Memory for keys and values in pages of `page_size` tokens, each with ref_count users. Without
+    any it is free, but a full one is found by its text until it is needed. kv: `(n_layers, n_pages,
+    page_size, 2, n_heads, d_head)`. Kwon et al. 2023 (PagedAttention), section 4."""
     def __init__(self, model, n_pages, page_size):
         c, self.page_size = model.config, page_size
-        self.kv = model.head.weight.new_zeros(c.n_layers, n_pages, page_size, 2, c.n_heads,
-                                              c.d_model // c.n_heads)
+        shape = c.n_layers, n_pages, page_size, 2, c.n_heads, c.d_model // c.n_heads
+        self.kv = model.head.weight.new_zeros(shape)
         self.ref_count = [0] * n_pages
         self.free = dict.fromkeys(range(n_pages))  # an ordered set: the longest unused comes first
         self.known = {}  # the tokens of a text up to the end of a full page -> the page
@@ -946,16 +780,10 @@ class PagePool:
             pages.append(page)
         return pages
 
-    def forget(self):
-        """Forget what all pages hold."""
-        self.known, self.prefix = {}, {}
-
-
 class PagedBatch:
     """A memory for pieces of several texts side by side: model(idx, batch), idx `(1, N)`.
     pieces: (start, n, pages) for each text: where its next n tokens start, and its pages in order.
     Neighbours with the same n attend together, up to 16, as wide as the longest of them."""
-
     def __init__(self, pool, pieces):
         size, device = pool.page_size, pool.kv.device
         where = [(at, pages[at // size] * size + at % size)
@@ -988,11 +816,9 @@ class PagedBatch:
             gathered.append(y.transpose(0, 1).flatten(1, 2))
         return torch.cat(gathered, 1)[None]  # (1, H, N, d)
 
-
 @dataclass(eq=False)
 class Request:
     """One text that the engine writes: what was asked for, and how far it is."""
-
     id: int
     idx: list  # the ids of the prompt, then what was written
     n_prompt: int
@@ -1004,15 +830,12 @@ class Request:
     n_read: int = 0  # how many tokens have their keys and values in the pages
     state: str = "queued"  # then prefill, decode, done; or preempted: queued again; cancelled
 
-
 class Engine:
-    """Serve many requests with one model, token by token; it knows ids, not text.
-    Each step is one forward: one more token of every text that is being written and, beside them,
-    at most chunk_size tokens of prompts (Agrawal et al. 2023, SARATHI). Requests join and leave
-    between steps (Yu et al. 2022, Orca), at most max_batch at once. Prompts that begin alike share
-    whole pages. When the n_pages pages of page_size tokens run out, the youngest gives its own back
-    and is read again later (preemption)."""
-
+    """Serve many requests with one model; it knows ids, not text. Each step is one forward: a token
+    of every text that is being written and, beside them, at most chunk_size tokens of prompts
+    (Agrawal et al. 2023, SARATHI). Requests join and leave between steps (Yu et al. 2022, Orca), at
+    most max_batch at once. Prompts that begin alike share whole pages. When the n_pages pages of
+    page_size tokens run out, the youngest is preempted: it gives its own back, and is read anew."""
     def __init__(self, model, max_batch=8, page_size=16, n_pages=64, chunk_size=64, max_queue=1000,
                  sharing=True):
         if min(max_batch, page_size, n_pages, chunk_size, max_queue) < 1:
@@ -1027,10 +850,9 @@ class Engine:
 
     def submit(self, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
                stop_ids=()):
-        """Queue a request and return its id. It ends after max_new_tokens or with a stop id.
-        In float32 and float64 it writes what `generate` does with a generator of this seed,
-        whoever else is served, unless two tokens are as good as equal. ValueError for what could
-        never be served, TypeError for ids that are no whole numbers; RuntimeError: queue full."""
+        """Queue a request and return its id. It ends after max_new_tokens or with a stop id. In
+        float32 it writes what `generate` does with this seed, whoever else is served, but for near
+        ties. ValueError: never to be served; TypeError: no whole number; RuntimeError: full."""
         idx, model = [operator.index(i) for i in prompt_ids], self.model
         max_new_tokens = operator.index(max_new_tokens)
         stop_ids = frozenset(operator.index(i) for i in stop_ids)
@@ -1038,8 +860,8 @@ class Engine:
         next_token_probs(torch.zeros(1, model.vocab_size), temperature, top_k, top_p)
         room = min(len(self.pool.ref_count) * self.pool.page_size, model.max_len) - len(idx) + 1
         if not 1 <= max_new_tokens <= room:  # one more than there are places: the last is not read
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; after a prompt of {len(idx)}, "
-                             f"1 to {room} fit: max_len and pages hold {room + len(idx) - 1}")
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more, and a "
+                             f"prompt of {len(idx)} leaves room for {max(0, room)}")
         if len(self.queue) >= self.max_queue:
             raise RuntimeError(f"the queue is full: {len(self.queue)} requests wait; try later")
         generator = torch.Generator()
@@ -1058,8 +880,7 @@ class Engine:
         raise ValueError(f"request {request_id} neither waits nor runs: it is unknown or done")
 
     def leave(self, request, state):
-        """Take a request out of the queue or the batch; its pages are free again. One that is
-        preempted goes back to the head of the queue."""
+        """Take a request out; its pages are free. One preempted is again the first in the queue."""
         (self.running if request in self.running else self.queue).remove(request)
         self.pool.release(request.pages)
         self.counts[state] += 1
@@ -1068,9 +889,8 @@ class Engine:
             self.queue.appendleft(request)
 
     def admit(self):
-        """Move requests from the queue into the batch while there are seats and pages for them.
-        Those that run keep what is left of their prompts and a page more: else one of them would be
-        thrown out again at once."""
+        """Move requests from the queue into the batch while there are seats and pages for them,
+        beside what the rest of the running prompts, and a page more for each, will take."""
         pool, size = self.pool, self.pool.page_size
         while self.queue and len(self.running) < self.max_batch:
             request = self.queue[0]
@@ -1147,7 +967,7 @@ class Engine:
         version = sum(weight._version for weight in self.model.parameters())
         if version != self.version:
             self.version = version
-            self.pool.forget()
+            self.pool.known, self.pool.prefix = {}, {}
             while self.running:
                 self.leave(self.running[-1], "preempted")
         self.admit()
@@ -1166,7 +986,7 @@ class Engine:
     def run(self):
         """Serve until all is done; return {request id: new ids} of all that were waiting."""
         requests = [*self.running, *self.queue]
-        collections.deque(self.stream(), maxlen=0)
+        list(self.stream())
         return {request.id: request.idx[request.n_prompt :] for request in requests}
 
     @property

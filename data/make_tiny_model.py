@@ -11,6 +11,7 @@ temperature 0.7 that are spelled, grammatical, remember and count, and what it m
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the folder above holds tinygpt_helpers.py
 import tinygpt_helpers as tiny  # noqa: E402
 from data import make_tiny_corpus as judge  # noqa: E402
-from train import story_recipe  # noqa: E402
 
 STEPS, EVERY = 4000, 160
 SETTINGS = dict(steps=STEPS, batch_size=12, lr=4e-3, eval_every=EVERY, seed=0)
 SKILLS = ("spelled", "grammatical", "remembers", "counts")
+
+
+def story_recipe(tokenizer, ids, val_text, max_len):
+    """What train needs for one story a line: windows begin with one, whole ones are judged."""
+    [newline], whole = tokenizer.encode("\n"), torch.tensor(tokenizer.encode("\n" + val_text))
+    starts, cuts = ((part == newline).nonzero()[:, 0] for part in (ids[:-max_len], whole[:-1]))
+    return dict(starts=starts, validate=partial(tiny.evaluate, ids=whole, starts=cuts))
 
 
 def make_model(folder, stop_at=STEPS, quick=False):

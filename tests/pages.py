@@ -194,17 +194,13 @@ def defined_names(node):
 HEADER = '''\
 """TinyGPT: a decoder-only transformer, from characters to generated text, in one file.
 
-Read it from top to bottom: each section is built, step by step, on the page of the course that its
-heading names. `make module` writes this file from the finished cells of those pages; edit them.
-
-B is the batch, T the tokens in a window, C the width of the model (d_model), V the vocabulary size.
-"""'''
+Each section is built, step by step, on the page of the course that its heading names: `make module`
+writes this file from the finished cells of those pages. B is the batch, T the tokens in a window, C
+the width of the model (d_model), V the size of the vocabulary."""'''
 TITLES = {"00": "start here", "01": "text and tokenizer", "02": "windows and batches",
           "03": "the model", "04": "training", "05": "generation", "06": "looking inside",
           "07": "the KV cache", "08": "serving"}
 IMPORTS, ASSIGNMENTS = (ast.Import, ast.ImportFrom), (ast.Assign, ast.AnnAssign)
-# The lines between two definitions: (is the one before an assignment, is this one). None: heading.
-GAPS = {(True, True): "\n", (None, True): "\n\n"}
 
 
 def module_text(folder=NOTEBOOKS):
@@ -236,12 +232,12 @@ def module_text(folder=NOTEBOOKS):
                     if name in homes:
                         raise SystemExit(page.at(i, f"{name} is defined again; {homes[name]}"))
                     homes[name] = page.at(i, "here first")
-        key, last = page.name.split("_")[0], None
+        key, last = page.name.split("_")[0], False
         section = f"# {'-' * 64} page {key}: {TITLES.get(key, page.name)}"
         for text, assigned in parts.values():
-            section, last = section + GAPS.get((last, assigned), "\n\n\n") + text, assigned
+            section, last = section + ("\n" if last and assigned else "\n\n") + text, assigned
         sections += [section] if parts else []
-    return "\n\n".join([HEADER, *imports, "\n\n\n".join(sections)]) + "\n"
+    return "\n\n".join([HEADER, *imports, *sections]) + "\n"
 
 
 def write_module(folder, only_check=False):

@@ -14,10 +14,10 @@ COURSE = {
     "09_none": [], "10_late": ["N = 1"],
 }  # fmt: skip
 HEAD = "# " + "-" * 64
-TEXT = "\n\n\n".join([  # two blank lines between definitions
+TEXT = "\n\n".join([  # one blank line between definitions
     f'{pages.HEADER}\n\n{COURSE["00_way"][0]}\n\n{HEAD} page 00: start here\n\nHERE = Path(".")',
     f"{HEAD} page 01: text and tokenizer\n\n# Why 4: it is small.\nSIZE = 4  # rows\nTWICE = 8",
-    COURSE["01_tools"][2],
+    COURSE["01_tools"][2].replace("\n\n\n", "\n\n"),
     f"{HEAD} page 08: serving",
     COURSE["08_box"][0] + "\n\n    # twice\n    def twice(self):\n        return 4",
     "class Crate(Box):\n    pass",

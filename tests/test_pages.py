@@ -1,7 +1,9 @@
 """Page hygiene: every rule of tests/pages.py holds on every page, and every rule can fail."""
 
+import itertools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -31,19 +33,14 @@ def test_the_links_of_the_texts_beside_the_pages_exist(name):
     assert list(pages.broken_links(text, ROOT / name)) == []
 
 
-# ------------------------------------------------------- a small course that keeps every rule
-
 FIGURE = {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure size 640x480 with 1 Axes>"}
 HOME = "/ho" + "me/ada/course"  # in two parts, so that this file itself names no place
 MARK = pages.MARK + "\n"
+shown = partial(new_output, "display_data")
 
 
 def stream(text, name="stdout"):
     return new_output("stream", name=name, text=text)
-
-
-def shown(data):
-    return new_output("display_data", data=data)
 
 
 def lesson(head, *cells):
@@ -51,197 +48,155 @@ def lesson(head, *cells):
     check = ("print(check(f))", stream("not attempted yet\n"))
     aims, end = f"## {pages.OBJECTIVES}\n\nDraw, in 5 minutes.", "## Further reading\n\nText."
     every = [head, aims, *cells, "## Summary\n\nText.", "## Your turn", check, check, end]
-    return [new_markdown_cell(c) if isinstance(c, str) else
-            new_code_cell(c[0], outputs=list(c[1:])) for c in every]
+    number = itertools.count(1)
+    return [new_markdown_cell(c, id=f"c{k}") if isinstance(c, str) else
+            new_code_cell(c[0], id=f"c{k}", outputs=list(c[1:]), execution_count=next(number))
+            for k, c in enumerate(every)]
 
 
-def write(folder):
-    """Write the small course as pages that were run; returns their paths."""
+@pytest.fixture
+def course(tmp_path):
+    """A small course that keeps every rule, as pages that were run; the folder of its pages."""
     course = {
-        "00_start": lesson(
-            "# 0. Start here\n\n[First page](01_a.ipynb), [its `f`](01_a.ipynb#The-function-f)",
-            (MARK + "import math",)),
+        "00_start": lesson("# 0. Way in\n\n[Next](01_a.ipynb), [`f`](01_a.ipynb#The-function-f)",
+                           (MARK + "import math",)),
         "01_a": lesson(
-            "# 1. What is it?\n\n[Page before](00_start.ipynb) [Page after](02_b.ipynb)",
+            "# 1. What is it?\n\n[Before](00_start.ipynb) [After](02_b.ipynb)",
             "## The function `f`\n\n### Deeper\n\n![A small dot](dot.png)\n"
             "[site](https://example.org) [up](../README.md#the-way-in)",
             (MARK + "def f(x):\n    return x",),
             ("print(1)", stream("1\n"), shown({"text/plain": pages.WIDGET_NOTE})),
-            ("draw()", shown(FIGURE)),
-            "**Figure 1.1.** The dot is in the middle."),
-        "02_b": lesson(
-            "# 2. What next?\n\n[Page before](01_a.ipynb)",
-            "## Imports\n\n- `f` from [page 1](01_a.ipynb)",
-            ("import sys\nfrom tinygpt_helpers import f\n%time f(1)\nf(1)",
-             shown({"text/plain": "1"})),
-            "[Back](#Imports) and `[no](link)`"),
+            ("draw()", shown(FIGURE)), "**Figure 1.1.** The dot is in the middle."),
+        "02_b": lesson("# 2. Now?\n\n[On](01_a.ipynb)", "## Imports\n\n- `f` from [1](01_a.ipynb)",
+            ("import sys\nfrom tinygpt_helpers import f\n%time f(1)\nf(1)", stream("1")),
+            "[Back](#Imports) and `[no](link)`", (MARK + "def h():\n    return 1",)),
     }  # fmt: skip
-    (folder / "notebooks").mkdir()
-    (folder / "notebooks" / "dot.png").write_bytes(b"")
-    (folder / "README.md").write_text("# Course\n\n## The way in!\n")
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (folder / "dot.png").touch()
+    (tmp_path / "README.md").write_text("# Course\n\n## The way in!\n")
     for name, cells in course.items():
-        for k, cell in enumerate(cells):
-            cell.id = f"c{k}"
-        for k, cell in enumerate((c for c in cells if c.cell_type == "code"), 1):
-            cell.execution_count = k
-        pages.save(new_notebook(cells=cells), folder / "notebooks" / f"{name}.ipynb")
-    return sorted((folder / "notebooks").glob("*.ipynb"))
+        pages.save(new_notebook(cells=cells), folder / f"{name}.ipynb")
+    return folder
 
 
-def test_the_small_course_keeps_every_rule(tmp_path, capsys):
-    paths = write(tmp_path)
-    assert [finding for path in paths for finding in pages.check(path)] == []
-    assert pages.main(["check", "--folder", str(paths[0].parent)]) == 0
-    (tmp_path / "notebooks" / "dot.png").unlink()
-    assert pages.main(["check", "01", "--folder", str(paths[0].parent)]) == 1
+def test_the_small_course_keeps_every_rule(course, capsys):
+    assert pages.main(["check", "--folder", str(course)]) == 0, capsys.readouterr().out
+    (course / "dot.png").unlink()
+    assert pages.main(["check", "01", "--folder", str(course)]) == 1
     assert "01_a, cell 2 (id c2): image 'dot.png'" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- each rule, broken
-# Page 1: 0 title, 1 aims, 2 section, 3 f, 4 print, 5 figure, 6 caption, 7, 8 closing, 9, 10
-# exercises, 11 closing. Page 2: 0, 1, 2 imports, 3 code, 4 text, 5, 6 closing, 7, 8, 9. Page 0: 2
-# the module's imports, 3, 4 closing, 5, 6 exercises, 7.
+# Page 1: 0 title, 1 aims, 2 section, 3 f, 4 print, 5 figure, 6 caption, 9, 10 exercises; 7, 8, 11
+# closing. Page 2: 2 imports, 3 code. Page 0: 2 imports of the module, 5, 6 exercises; 3, 4, 7.
 
 
-def source(number, cell, text):
-    return lambda nbs: nbs[number].cells[cell].update(source=text)
+def cell(number, at, **changes):
+    return lambda nbs: nbs[number].cells[at].update(changes)
 
 
-def said(number, cell, *outputs):
-    return lambda nbs: nbs[number].cells[cell].update(outputs=list(outputs))
+def source(number, at, text):
+    return cell(number, at, source=text)
 
 
-def drop(number, cell):
-    return lambda nbs: nbs[number].cells.pop(cell)
+def said(number, at, *outputs):
+    return cell(number, at, outputs=list(outputs))
 
 
-def insert(number, at, *cells):
+def put(number, start, stop, *cells):
     def change(nbs):
-        nbs[number].cells[at:at] = cells
+        nbs[number].cells[start:stop] = cells
     return change
 
 
-def meta(**changes):
-    return lambda nbs: nbs[1].metadata.update(changes)
-
-
-def cell3(**changes):
-    return lambda nbs: nbs[1].cells[3].update(changes)
-
-
-def built_later(nbs):
-    """Page 1 imports what page 2 builds, and does not say so."""
-    source(1, 4, "from tinygpt_helpers import h")(nbs)
-    source(2, 3, MARK + "def h():\n    return 1")(nbs)
-
-
+text = partial(source, 1, 2)
+code = partial(source, 1, 3)
 ONE = new_code_cell("1")
+LATER = source(1, 4, "from tinygpt_helpers import h")  # page 2 builds it
 BROKEN = {
     "format": [
-        (cell3(extra=1), "not a valid"), (lambda nbs: nbs[1].update(nbformat_minor=4), "4.5"),
-        (lambda nbs: nbs[1].cells[3].pop("id"), "has no id"), (cell3(id="c1"), "of another cell"),
-        (meta(widgets={}), "['widgets']"), (meta(kernelspec={"name": "course"}), "['kernelspec']"),
-        (meta(language_info={"name": "python", "version": "3.11.2"}), "['language_info']"),
-        (cell3(metadata={"execution": {"iopub.execute_input": ""}}), "['execution']"),
-        (insert(1, 3, new_markdown_cell("x" * 1_500_000)), "draw smaller figures"),
+        (lambda nbs: nbs[1].metadata.language_info.update(version="3.11.2"), "['language_info']"),
+        (cell(1, 3, metadata={"execution": {"iopub.execute_input": ""}}), "['execution']"),
+        (put(1, 3, 3, new_markdown_cell("x" * 1_500_000)), "draw smaller figures"),
+        (lambda nbs: nbs[1].metadata.update(widgets={}), "['widgets']"),
+        (lambda nbs: nbs[1].update(nbformat_minor=4), "4.5"), (cell(1, 3, extra=1), "not a valid"),
+        (lambda nbs: nbs[1].cells[3].pop("id"), "has no id"), (cell(1, 3, id="c1"), "another"),
     ],
     "headings": [
-        (source(1, 1, "# Again"), "only H1"), (source(1, 0, "Text"), "H1 in cells []"),
-        (source(1, 0, "# 2. Which?"), "# 1. …"), (source(1, 0, "# 11. Which?"), "# 1. …"),
-        (source(1, 0, "# Which?"), "# 1. …"), (source(1, 0, "Before\n\n# 1. Which?"), "# 1. …"),
-        (source(1, 2, "## A\n\n#### B"), "level 4 after level 2"),
-        (source(1, 1, "## Aims, in 5 minutes"), pages.OBJECTIVES),
-        (source(1, 1, f"## {pages.OBJECTIVES}"), "tell the minutes"),
-        (insert(1, 1, *(new_markdown_cell("Text") for _ in range(4))), "first four cells"),
-        (drop(1, -1), "Further reading"), (source(1, -1, "## Summary"), "should end"),
-        (insert(1, 12, new_markdown_cell("## More")), "should end"), (drop(0, 3), "should end"),
-        (drop(1, 9), "1 exercises"), (said(0, 5, stream("correct")), "1 exercises"),
+        (put(1, 1, 1, *[new_markdown_cell("Text")] * 4), "first four cells"),
+        (source(1, 1, f"## {pages.OBJECTIVES}"), "tell the minutes"), (put(0, 3, 4), "should end"),
+        (put(1, 12, 12, new_markdown_cell("## M")), "should end"), (source(1, 1, "# A"), "[0, 1]"),
+        (source(1, 1, "## Aims, in 5 minutes"), pages.OBJECTIVES), (put(1, 9, 10), "1 exercises"),
+        (source(1, 0, "Before\n\n# 1. Which?"), "# 1. …"), (source(1, 0, "Text"), "H1 in cells []"),
+        (text("## A\n\n#### B"), "level 4 after level 2"), (source(1, 0, "# 11. Which?"), "# 1. …"),
+        (said(0, 5, stream("correct")), "1 exercises"), (source(1, -1, "## Summary"), "should end"),
+        (source(1, 0, "# 2. Which?"), "# 1. …"), (put(1, -1, None), "Further reading"),
     ],
-    "finished": [
-        (source(1, 3, MARK + "f(1)"), "definitions"), (source(1, 3, MARK), "definitions"),
-        (source(1, 3, MARK + "def f("), "Python"), (source(1, 3, MARK + "f.x = 1"), "assignments"),
-        (source(1, 3, MARK + "%time f = 1"), "definitions"), (source(1, 3, "\n" + MARK), "first"),
-        (source(1, 3, "# -> tinygpt_helpers.py\nf = 1"), "exactly so"),
-        (source(1, 3, MARK + "f = 1\n" + MARK), "first line"),
-        (source(1, 3, MARK + "import os"), "page 00"), (insert(0, 3, ONE, new_code_cell(
-            MARK + "import os")), "page 00"), (source(0, 2, MARK + "import os\nx = 1"), "alone"),
+    "finished": [  # what is no definition: test_drift.py
+        (put(0, 3, 3, ONE, new_code_cell(MARK + "import os")), "page 00"),
+        (code("# -> tinygpt_helpers.py\nf = 1"), "exactly so"), (code("\n" + MARK), "first"),
+        (source(0, 2, MARK + "import os\nx = 1"), "alone"), (code(MARK + "import os"), "page 00"),
+        (code(MARK + "f = 1\n" + MARK), "first line"),
     ],
     "code": [
-        (source(1, 3, " \n"), "is empty"), (source(1, 3, "def f("), "not Python"),
-        (source(1, 3, "\n".join("x" * 31)), "31 lines"),
-        (source(1, 3, MARK + "x = 1\n" * 60), "61 lines, 60 are"),
-        (source(1, 3, "x = 1\ny = '" + "x" * 96 + "'"), "lines [2] have more"),
-        (insert(1, 3, ONE, ONE), "code cell 5 in a row"),
+        (code("x = 1\ny = '" + "x" * 96 + "'"), "lines [2] have more"), (code(" \n"), "is empty"),
+        (code(MARK + "x = 1\n" * 60), "61 lines, 60"), (put(1, 3, 3, ONE, ONE), "cell 5 in a row"),
+        (code("\n".join("x" * 31)), "31 lines"), (code("def f("), "not Python"),
     ],
     "outputs": [
-        (cell3(execution_count=7), "number 7, not 1"), (cell3(execution_count=None), "number None"),
         (lambda nbs: [c.update(outputs=[]) for c in nbs[2].cells if "outputs" in c], "no cell has"),
-        (said(1, 4), "prints or draws"), (source(1, 3, "plt.show()"), "prints or draws"),
         (said(1, 3, new_output("error", ename="KeyError", evalue="x", traceback=["x"])), "fails"),
-        (said(1, 3, stream("careful", "stderr")), "fails or warns; mend the cause: 'careful'"),
         (said(1, 4, shown({pages.WIDGET_VIEW: {}, "text/plain": "x"})), "a widget's view"),
-        (said(1, 5), "draw a static figure"),
+        (said(1, 3, stream("careful", "stderr")), "the cause: 'careful'"),
+        (cell(1, 3, execution_count=7), "number 7, not 1"), (code("plt.show()"), "prints or draws"),
+        (said(1, 5), "draw a static figure"), (said(1, 4), "prints or draws"),
     ],
     "unwanted": [
-        (said(1, 3, stream("<f at 0x7f3a5c0b1d30>")), "memory address"),
-        (said(1, 3, shown({"text/html": "<b>0x7f3a5c0b1d30</b>"})), "memory address"),
-        (said(1, 3, stream(f"in {HOME}")), "prints a place"),
-        (said(1, 3, stream("C:" + "\\Users\\ada")), "prints a place"),
-        (source(1, 3, f"open('{HOME}')"), "names a place"),
-        (source(1, 2, "see /ro" + "ot/x"), "names a place"),
         (said(1, 3, shown({"text/html": '<img src="https://example.org/a.png">'})), "fetches"),
         (said(1, 3, shown({"text/markdown": "![a](https://example.org/a.png)"})), "fetches"),
-        (source(1, 2, '<iframe src="https://example.org">'), "may fetch"),
-        (source(1, 2, "Again\n====="), "an H1"), (source(1, 2, "<h1>Again</h1>"), "an H1"),
-        (source(1, 2, '<img src="dot.png">'), "![…](…)"),
-        (source(1, 2, "[x][1]\n\n[1]: 03_c.ipynb"), "[…](…)"),
-        (source(1, 2, '<a href="03_c.ipynb">x</a>'), "[…](…)"),
+        (said(1, 3, stream("<f at 0x7f3a5c0b1d30>")), "memory address"), (text("A\n="), "an H1"),
+        (said(1, 3, stream(f"in {HOME}")), "prints a place"), (text("<h1>Again</h1>"), "an H1"),
+        (text("C:" + "\\Users\\ada"), "names a place"), (text("see /ro" + "ot/x"), "names a place"),
+        (text('<a href="03_c.ipynb">x</a>'), "[…](…)"), (code(f"open('{HOME}')"), "names a place"),
+        (text("[x][1]\n\n[1]: 03_c.ipynb"), "[…](…)"), (text('<img src="dot.png">'), "![…](…)"),
+        (text('<iframe src="x">'), "may fetch"),
     ],
     "images": [
-        (source(1, 2, "![ ](dot.png)"), "alt text"), (source(1, 2, "![a dot](a.png)"), "'a.png'"),
-        (source(1, 2, "![a dot](https://example.org/dot.png)"), "a file of the repository"),
-        (source(1, 2, "![a dot](data:image/png;base64,AAAA)"), "a file of the repository"),
-        (source(1, 6, "The dot is in the middle."), "**Figure 1.1.**"),
         (source(1, 6, "**Figure 1.2.** The dot is in the middle."), "**Figure 1.1.**"),
-        (source(1, 6, "**Figure 1.1.** A dot."), "the finding"),
-        (said(1, 4, shown(FIGURE)), "**Figure 1.1.**"), (said(1, 5), "captions than figures (0)"),
+        (source(1, 6, "The dot is in the middle."), "**Figure 1.1.**"),
+        (source(1, 6, "**Figure 1.1.** A dot."), "the finding"), (said(1, 5), "more captions"),
+        (text("![a dot](https://a.org)"), "should be a file"), (text("![a dot](a.png)"), "'a.png'"),
+        (said(1, 4, shown(FIGURE)), "**Figure 1.1.**"), (text("![ ](dot.png)"), "alt text"),
     ],
     "links": [
         (source(1, 0, "# 1. A [before](00_start.ipynb)"), "its neighbour 02_b"),
         (source(1, 0, "# 1. A [after](02_b.ipynb)"), "its neighbour 00_start"),
-        (source(1, 2, "[x](03_c.ipynb)"), "there is no 03_c.ipynb"),
-        (source(1, 2, "[x](02_b.ipynb#Exports)"), "no such heading"),
-        (source(1, 2, "[x](#Nowhere)"), "no such heading"),
-        (source(1, 2, "[x](../README.md#nowhere)"), "no such heading"),
-        (source(1, 2, "[![a dot](dot.png)](03_c.ipynb)"), "there is no 03_c.ipynb"),
-        (source(1, 2, "[x](http://example.org)"), "should be https"),
+        (text("[![a dot](dot.png)](03_c.ipynb)"), "is no 03_c"), (text("[x](#Nowhere)"), "no such"),
+        (text("[x](../README.md#nowhere)"), "no such"), (text("[x](03_c.ipynb)"), "is no 03_c"),
+        (text("[x](02_b.ipynb#Exports)"), "no such"), (text("[x](http://a.org)"), "be https"),
     ],
     "imports": [
-        (source(2, 2, "## Imports\n\n`f` is nice."), "imports f; an Imports note"),
-        (source(2, 2, "- `g` from [1](01_a.ipynb)\n- `f` is nice"), "imports f; an Imports note"),
-        (source(2, 3, "from tinygpt_helpers import g"), "no page builds in a finished cell"),
-        (source(2, 3, "import tinygpt_helpers as t\nt.g(1)"), "imports g, which no page builds"),
-        (source(2, 3, "from tinygpt_helpers import *"), "imports *"),
-        (source(1, 3, "f = 1"), "imports f, which no page"), (built_later, "built only later"),
+        (source(2, 2, "- `g` from [1](01_a.ipynb)\n- `f` is nice"), "an Imports note"),
+        (source(2, 3, "import tinygpt_helpers as t\nt.g(1)"), "g, which"),
+        (source(2, 2, "## Imports\n\n`f` is nice."), "an Imports note"), (code("f = 1"), "no page"),
+        (source(2, 3, "from tinygpt_helpers import *"), "imports *"), (LATER, "built only later"),
+        (source(2, 3, "from tinygpt_helpers import g"), "g, which"),
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "change", "words"), [
     (rule, *case) for rule, cases in BROKEN.items() for case in cases])  # fmt: skip
-def test_a_broken_rule_is_found(tmp_path, rule, change, words):
-    paths = write(tmp_path)
+def test_a_broken_rule_is_found(course, rule, change, words):
+    paths = pages.find_pages([], course)
     nbs = [nbformat.read(path, as_version=4) for path in paths]
     change(nbs)
     for nb, path in zip(nbs, paths):
         path.write_text(json.dumps(nb), encoding="utf-8")
-    loaded = [pages.Page(path) for path in paths]
-    findings = [p.at(*finding) for p in loaded for finding in getattr(pages, f"rule_{rule}")(p)]
+    findings = [page.at(*finding) for page in map(pages.Page, paths)
+                for finding in getattr(pages, f"rule_{rule}")(page)]
     assert any(words in finding for finding in findings), findings
     assert {f"rule_{name}" for name in BROKEN} == {rule.__name__ for rule in pages.RULES}
-
-
-# ---------------------------------------------------------------- the page tool
 
 
 def page_of(folder, *sources):
@@ -251,21 +206,17 @@ def page_of(folder, *sources):
 
 
 def test_run_keeps_the_last_state_of_a_progress_line_and_no_widget(tmp_path):
-    page = page_of(
-        tmp_path,
+    page = page_of(tmp_path,
         "for i in range(3):\n    print(f'\\rstep {i}', end='', flush=True)\nprint('\\nend')",
         "h = display('step 0', display_id=True)\nfor i in range(3):\n    h.update(f'step {i}')",
-        "from ipywidgets import interact\n_ = interact(lambda x: print(x), x=(0, 4))",
-    )
+        "from ipywidgets import interact\n_ = interact(lambda x: print(x), x=(0, 4))")  # fmt: skip
     ids = [cell.id for cell in nbformat.read(page, as_version=4).cells]
     assert pages.main(["run", "01", "--folder", str(tmp_path)]) == 0
     nb = nbformat.read(page, as_version=4)
-    line, display, widget = (cell.outputs for cell in nb.cells)
-    assert [o.text for o in line] == ["step 2\nend\n"]
-    assert [o.data for o in display] == [{"text/plain": "'step 2'"}]
-    assert [o.data for o in widget] == [{"text/plain": pages.WIDGET_NOTE}]
-    assert nb.metadata == pages.METADATA and [cell.id for cell in nb.cells] == ids
-    assert not any(cell.metadata for cell in nb.cells), "no times"
+    shown = [o.get("text") or o.data["text/plain"] for cell in nb.cells for o in cell.outputs]
+    assert shown == ["step 2\nend\n", "'step 2'", pages.WIDGET_NOTE]
+    assert nb.metadata == pages.METADATA and not any(cell.metadata for cell in nb.cells)
+    assert [cell.id for cell in nb.cells] == ids
     assert [p.name for p in tmp_path.iterdir()] == [page.name], "no scratch file is left"
 
 
@@ -292,9 +243,8 @@ def test_find_pages_names_what_there_is(tmp_path):
             pages.find_pages(names, tmp_path)
 
 
-def test_html_holds_the_figure_and_its_caption(tmp_path, monkeypatch):
+def test_html_holds_the_figure_and_its_caption(course, tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "BROWSERS", ())
-    folder = str(write(tmp_path)[0].parent)
-    assert pages.main(["html", "01", "--folder", folder, "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "01_a.html").read_text(encoding="utf-8")
+    assert pages.main(["html", "01", "--folder", str(course), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "01_a.html").read_text(encoding="utf-8")
     assert "The dot is in the middle." in text and FIGURE["image/png"] in text
