@@ -61,8 +61,8 @@ def main(args):
     torch.manual_seed(args.seed)
     model = tiny.TinyGPT(config).to(device)
     folder = args.out if args.resume else make_folder(args.out, first)
-    print(f"{len(text):,} characters to learn from, {len(val_ids):,} of {len(val_text):,} to "
-          f"judge by; {sum(map(torch.numel, model.parameters())):,} weights; {device}, {args.precision}"
+    print(f"{len(text):,} characters to learn from, {len(val_ids):,} of {len(val_text):,} to judge "
+          f"by; {sum(map(torch.numel, model.parameters())):,} weights; {device}, {args.precision}"
           f"\nA blind guess costs ln {config.vocab_size} = {math.log(config.vocab_size):.2f} nats.")
     try:
         history = tiny.train(model, ids, val_ids, out=folder, tokenizer=tokenizer, resume=old,

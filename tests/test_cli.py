@@ -210,7 +210,7 @@ def test_the_precision_that_is_asked_for_or_the_best(monkeypatch, best, args, ex
     monkeypatch.setattr(tiny, "pick_precision", lambda device: best if device == here else 0)
     monkeypatch.setattr(tiny, "pick_device", lambda name: here)
     monkeypatch.setattr(tiny, "train", lambda *a, **k: seen.add(k["precision"]) or real(*a, **k))
-    assert f"weights, cpu:0, {expected}" in learn("--steps", 2, *args, *SMALL)
+    assert f"weights; cpu:0, {expected}" in learn("--steps", 2, *args, *SMALL)
     assert seen == {expected}
 
 
