@@ -162,8 +162,7 @@ def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
     if places < 1 or len(ids) < block_size + 1:
         raise ValueError(f"{len(ids)} tokens hold no window of {block_size} and its last target")
     at = torch.randint(places, (batch_size,), generator=generator, device=ids.device)
-    if starts is not None:
-        at = starts[at]
+    at = at if starts is None else starts[at]
     windows = ids.unfold(0, block_size + 1, 1).index_select(0, at)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
@@ -704,25 +703,26 @@ def logit_lens(model, idx):
 # ---------------------------------------------------------------- page 07: the KV cache
 
 class KVCache:
-    """A memory of the keys and values of all tokens read so far, for one batch of texts.
-    model(idx, cache) reads the new tokens idx `(B, T)`: the last T rows of model(all), for the work
-    of T tokens. k, v: `(n_layers, B, n_heads, max_len, d_head)`, of which the first `length` are in
-    use. One compiled graph serves all steps. ValueError if it would pass max_len."""
+    """A memory of the keys and values of all that was read so far: model(idx, cache) reads the new
+    tokens, idx `(B, T)`, and gives the last T rows of model(all). k, v: for each layer `(B,
+    n_heads, max_len, d_head)`, of which `length` are in use. ValueError beyond max_len."""
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
-        shape = c.n_layers, batch_size, c.n_heads, c.max_len, c.d_model // c.n_heads
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        shape = batch_size, c.n_heads, c.max_len, c.d_model // c.n_heads
+        self.k, self.v = ([weight.new_zeros(shape) for _ in range(c.n_layers)] for _ in range(2))
         self.length = torch.zeros(1, dtype=torch.long, device=weight.device)
 
     def place(self, idx):
-        T, max_len = idx.size(1), self.k.size(3)
+        T, max_len = idx.size(1), self.k[0].size(2)
         self.places, self.end = self.length + torch.arange(T, device=idx.device), max_len
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             self.end = self.length.item() + T  # what is still empty need not be looked at
             if self.end > max_len:
                 raise ValueError(f"{T} tokens after {self.end - T} pass max_len = {max_len}")
-        future = torch.arange(self.end, device=idx.device) > self.places[:, None]
-        self.mask = self.k.new_zeros(future.shape).masked_fill(future, -math.inf)
+        self.mask = None  # the last token of a text may look at all of it
+        if T > 1 or self.end == max_len:
+            future = torch.arange(self.end, device=idx.device) > self.places[:, None]
+            self.mask = self.k[0].new_zeros(future.shape).masked_fill(future, -math.inf)
         self.length += T
         return self.places
 

@@ -29,7 +29,8 @@ def test_chunks_of_any_sizes_give_the_numbers_of_the_whole_text(B, chunks, spare
     T = sum(chunks)
     model = random_model(T + spare, 1 + seed % 3, n_heads, seed)
     cache = KVCache(model, B)
-    cache.k.fill_(1e6), cache.v.fill_(-1e6)  # nobody may see it; not nan: 0 * nan is nan
+    for k, v in zip(cache.k, cache.v):
+        k.fill_(1e6), v.fill_(-1e6)  # nobody may see it; not nan: 0 * nan is nan
     for text in (seed, seed + 1):
         idx, parts = random_ids(B, T, text), []
         for chunk in idx.split(chunks, dim=1):
@@ -43,13 +44,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     model = random_model()
     cache = KVCache(model, 1)
     model(random_ids(1, 5), cache)
-    k, v = cache.k.clone(), cache.v.clone()
+    before = torch.stack(cache.k + cache.v)
     with pytest.raises(ValueError, match=r"4 tokens after 5 pass max_len = 8"):
         model(random_ids(1, 4), cache)
     for idx in (torch.zeros(1, 0).long(), torch.tensor([[9]]), torch.zeros(1, 1)):
         with pytest.raises(ValueError, match="idx must be|outside the vocabulary"):
             model(idx, cache)
-    assert cache.length == 5 and torch.equal(cache.k, k) and torch.equal(cache.v, v)
+    assert cache.length == 5 and torch.equal(torch.stack(cache.k + cache.v), before)
     model(random_ids(1, 3), cache)  # just fits
     with pytest.raises(ValueError, match="1 tokens after 8 pass max_len = 8"):
         model(random_ids(1, 1), cache)
@@ -63,8 +64,9 @@ def test_type_and_shape(n_layers, B, max_len, n_heads, dtype, tolerance):
     cache = KVCache(model, B)
     assert cache.length.shape == (1,) and cache.length == 0
     logits = model(random_ids(B, 3), cache)
-    assert cache.k.shape == cache.v.shape == (n_layers, B, n_heads, max_len, 16 // n_heads)
-    assert logits.dtype == cache.k.dtype == cache.v.dtype == dtype
+    for kept in (torch.stack(cache.k), torch.stack(cache.v)):
+        assert kept.shape == (n_layers, B, n_heads, max_len, 16 // n_heads)
+        assert logits.dtype == kept.dtype == dtype
     torch.testing.assert_close(logits, model(random_ids(B, 3)), atol=tolerance, rtol=tolerance)
 
 

@@ -53,7 +53,8 @@ def last_page(prefix, size, model):
     cache = KVCache(model, 1)
     with torch.no_grad(), tinygpt_helpers.eval_mode(model):
         model(torch.tensor([prefix]), cache)
-    both = torch.stack([cache.k, cache.v])[:, :, 0, :, len(prefix) - size : len(prefix)]
+    both = torch.stack([torch.stack(cache.k), torch.stack(cache.v)])[:, :, 0]
+    both = both[..., len(prefix) - size : len(prefix), :]
     return both.permute(1, 3, 0, 2, 4)  # (n_layers, size, 2, n_heads, d_head)
 
 
