@@ -210,19 +210,20 @@ class CausalSelfAttention(nn.Module):
         else:
             y = memory.attend(self.layer, q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return F.dropout(self.proj(y), dropout)
+        return F.dropout(self.proj(y), dropout) if dropout else self.proj(y)
 
 class Block(nn.Module):
     """One pre-norm transformer block, `(B, T, C)` -> `(B, T, C)`: talk, then think. Attention and
     the MLP each read a normalised copy of x and add what they find."""
     def __init__(self, config, layer=0):
         super().__init__()
-        C = config.d_model
+        C, p = config.d_model, config.dropout
         self.norm1 = nn.LayerNorm(C)
         self.attention = CausalSelfAttention(config, layer)
         self.norm2 = nn.LayerNorm(C)
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C, bias=False), nn.GELU(),
-                                 nn.Linear(4 * C, C, bias=False), nn.Dropout(config.dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(C, 4 * C, bias=False), nn.GELU(), nn.Linear(4 * C, C, bias=False),
+            nn.Dropout(p) if p else nn.Identity())
 
     def forward(self, x, memory=None):
         x = x + self.attention(self.norm1(x), memory)
@@ -272,7 +273,7 @@ class TinyGPT(nn.Module):
         self.vocab_size, self.max_len = config.vocab_size, config.max_len
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_len, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -613,8 +614,7 @@ def sample(probs, generator=None):
     """Draw one token from each row of probs `(B, V)`: `(B,)` int64. It is drawn where the generator
     lives: a seed gives the same random numbers for every device."""
     place = generator.device if generator else probs.device
-    token = torch.multinomial(probs.to(place), 1, generator=generator)
-    return token.squeeze(1).to(probs.device)
+    return torch.multinomial(probs.to(place), 1, generator=generator)[:, 0].to(probs.device)
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
              stop_id=None, use_cache=True):
@@ -727,8 +727,8 @@ class KVCache:
         return self.places
 
     def attend(self, layer, q, k, v):
-        k = self.k[layer].index_copy_(2, self.places, k)[:, :, : self.end]
-        v = self.v[layer].index_copy_(2, self.places, v)[:, :, : self.end]
+        k = self.k[layer].index_copy_(2, self.places, k).narrow(2, 0, self.end)
+        v = self.v[layer].index_copy_(2, self.places, v).narrow(2, 0, self.end)
         return F.scaled_dot_product_attention(q, k, v, self.mask)
 
 # ---------------------------------------------------------------- page 08: serving
