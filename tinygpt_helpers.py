@@ -223,7 +223,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(C)
         self.mlp = nn.Sequential(
             nn.Linear(C, 4 * C, bias=False), nn.GELU(), nn.Linear(4 * C, C, bias=False),
-            nn.Dropout(p) if p else nn.Identity())
+            *([nn.Dropout(p)] if p else []))
 
     def forward(self, x, memory=None):
         x = x + self.attention(self.norm1(x), memory)
@@ -595,7 +595,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (None: all)")
     logits = logits.float()  # before anything else: half precision would round the differences
     highest, best = logits.max(-1, keepdim=True)
-    if not highest.sum().isfinite():
+    if not math.isfinite(highest.sum().item()):
         raise ValueError("the logits are nan or infinite: the weights were spoilt in training")
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)
