@@ -338,7 +338,7 @@ def eval_mode(model):
 
 @torch.no_grad()
 def evaluate(model, ids, batch_size=64, starts=None):
-    """Return the mean loss over `ids`, 1-D int64, in nats per token, with dropout off.
+    """Return the mean loss over `ids` (1-D int64, CPU), in nats per token, with dropout off.
     The text is cut every max_len tokens, so that each token but the first is predicted exactly
     once. starts: where to cut instead, so that each part is read from its start, up to max_len."""
     if len(ids) < 2:
