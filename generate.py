@@ -1,7 +1,9 @@
 """Let a trained model write: the newest one in runs/, or the one that --checkpoint names."""
 
 import argparse
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,8 @@ def newest(file, name=None):
 
 def command(*words):
     """Return a line to type, with this Python in front."""
-    return subprocess.list2cmdline([sys.executable, *map(str, words)])
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([sys.executable, *map(str, words)])
 
 def end_clearly(main, parser):
     """Call `main` with the options; end with one line if it is stopped, or something is wrong."""

@@ -34,7 +34,7 @@ def pick_device(name=None):
     name = name or next(kind for kind in backends if backends[kind].is_available())
     backend = backends.get(str(name).split(":")[0])
     if not (backend and backend.is_available()):
-        raise ValueError(f"there is no device {name!r} here: try 'cpu', or None for the best")
+        raise ValueError(f"there is no device {name!r} here: 'cpu' always is, 'cuda', 'mps' may be")
     return torch.device(name)
 
 # ---------------------------------------------------------------- page 01: text and tokenizer
@@ -158,9 +158,9 @@ def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
     """Return `batch_size` random pairs of NextTokenDataset, `(x, y)`, both `(B, T)` int64.
     ids: 1-D int64. starts: where windows may begin, 1-D int64 (None: anywhere). generator: a
     torch.Generator on the device of `ids`. ValueError if no window fits."""
-    places = len(ids) - block_size if starts is None else len(starts)
+    places = max(0, len(ids) - block_size) if starts is None else len(starts)
     if places < 1 or len(ids) < block_size + 1:
-        raise ValueError(f"{len(ids)} tokens hold no window of {block_size} and its last target")
+        raise ValueError(f"{len(ids)} tokens with {places} starts hold no window of {block_size}")
     at = torch.randint(places, (batch_size,), generator=generator, device=ids.device)
     at = at if starts is None else starts[at]
     windows = ids.unfold(0, block_size + 1, 1).index_select(0, at)  # (B, T + 1)
@@ -338,13 +338,13 @@ def eval_mode(model):
 
 @torch.no_grad()
 def evaluate(model, ids, batch_size=64, starts=None):
-    """Return the mean loss over `ids` (1-D int64, CPU), in nats per token, with dropout off.
+    """Return the mean loss over `ids`, 1-D int64, in nats per token, with dropout off.
     The text is cut every max_len tokens, so that each token but the first is predicted exactly
-    once. starts: where to cut instead, so that each part is read from its start, up to max_len."""
+    once. starts: where to cut instead, ascending; each part is read from there, up to max_len."""
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} tokens are too few to evaluate: 2 are needed")
     device, last, total = next(model.parameters()).device, len(ids) - 1, 0.0
-    starts = torch.arange(0, last, model.max_len) if starts is None else starts
+    ids, starts = ids.cpu(), torch.arange(0, last, model.max_len) if starts is None else starts
     lengths = starts.diff(append=torch.tensor([last]))
     steps = torch.arange(min(model.max_len, lengths.max().item()))
     at = (starts[:, None] + steps).clamp(max=last - 1)  # (windows, T): the places in the text
@@ -433,8 +433,8 @@ def save_checkpoint(path, model, optimizer=None, step=0, tokenizer=None, generat
 
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint; return its dict with "model" and "tokenizer" as objects again.
-    Only tensors and plain values are read: a file from a stranger cannot run code, nor take more
-    memory than its size. ValueError if it is damaged or foreign."""
+    Only tensors and plain values are read: a file from a stranger cannot run code. Sizes are
+    compared before memory is taken. ValueError if it is damaged or foreign."""
     data = Path(path).read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
@@ -444,8 +444,8 @@ def load_checkpoint(path, device="cpu"):
         if state["format"] != "tinygpt-2":
             raise ValueError(f"its format is {state['format']!r}, not 'tinygpt-2'")
         config, weights = GPTConfig(**state["config"]), state["model"].values()
-        whole = all(weight.is_contiguous() and not weight.is_meta for weight in weights)
-        if not whole or len(data) < sum(weight.nbytes for weight in weights) + config.n_layers:
+        bad = any(w.is_meta or not w.is_contiguous() for w in weights)
+        if bad or config.n_layers > len(weights) or sum(w.nbytes for w in weights) > len(data):
             raise ValueError(f"it is too small for {config}")
         with torch.device("meta"):  # shapes alone
             model = TinyGPT(config)
@@ -456,7 +456,7 @@ def load_checkpoint(path, device="cpu"):
             if tokenizer.vocab_size != config.vocab_size:
                 raise ValueError(f"{tokenizer.vocab_size} tokens do not fit {config}")
     except Exception as error:  # torch.load's errors for damaged files are of many kinds
-        reason = error if isinstance(error, ValueError) else f"{type(error).__name__} in reading it"
+        reason = f"{type(error).__name__}, {error}".splitlines()[0][:90]
         raise ValueError(f"{str(path)!r} is damaged or no TinyGPT checkpoint: {reason}") from None
     return state | {"model": model.to(device), "tokenizer": tokenizer}
 
@@ -595,7 +595,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (None: all)")
     logits = logits.float()  # before anything else: half precision would round the differences
     highest, best = logits.max(-1, keepdim=True)
-    if not math.isfinite(highest.sum().item()):
+    if not math.isfinite(highest.abs().max().item()):
         raise ValueError("the logits are nan or infinite: the weights were spoilt in training")
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)

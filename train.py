@@ -42,7 +42,7 @@ def main(args):
     if args.resume:
         args.out = args.out or newest("last.pt", Path(args.corpus).stem).parent
         old = tiny.load_checkpoint(args.out / "last.pt", device)
-        vars(args).update(old["config"], seed=old["seed"])
+        vars(args).update(old["config"], seed=old["seed"] or 0)
         parser.parse_args(namespace=args)  # what is asked for goes before what the run has
     text, val_text = tiny.split_corpus(tiny.load_corpus(args.corpus), by_line=stories)
     tokenizer = old.get("tokenizer") or tiny.CharTokenizer(text)
@@ -72,7 +72,7 @@ def main(args):
         raise KeyboardInterrupt(again if (folder / "last.pt").exists() else "") from None
     finally:
         for part in folder.glob(".*.pt.*.tmp"):  # of a run that was killed
-            part.unlink()
+            part.unlink(missing_ok=True)
         with suppress(OSError):  # nothing was learned: leave the name to the next run
             folder.rmdir()
     floor, loss = judge.floor(known) if stories else None, history["val_loss"][-1]

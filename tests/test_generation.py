@@ -211,3 +211,13 @@ def test_a_script_from_text_to_text(capsys):
     written = capsys.readouterr().out.removesuffix("\n")
     assert written.startswith(text[:5]) and len(written) == 205 and set(written) <= set(text)
     assert 1.0 < names["loss"] < math.log(len(set(text)))  # it has begun to learn
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_of_spoilt_weights_are_refused(value, temperature):
+    logits = torch.randn(3, 9)
+    logits[1] = value
+    with pytest.raises(ValueError, match="spoilt"):
+        next_token_probs(logits, temperature)
+    next_token_probs(torch.full((4, 9), 3e38), temperature)  # large, and finite

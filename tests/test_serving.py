@@ -204,6 +204,8 @@ def test_weights_that_change_in_place_leave_no_stale_pages_and_the_mode_is_left_
         for prefix, page in engine.pool.known.items():
             torch.testing.assert_close(engine.pool.kv[:, page],
                                        last_page.__wrapped__(prefix, 4, model))
+        known = engine.pool.known
+        assert known == {prefix: page for page, prefix in engine.pool.prefix.items()}
         return text
 
     whole = check()  # its pages are known now

@@ -76,6 +76,21 @@ def test_every_token_is_predicted_once_and_the_mode_is_left_alone():
     assert learning.training and learning.dropout.training and not model.training
 
 
+def test_parts_of_a_text_are_each_read_from_their_start():
+    """Up to max_len, 8 here; what comes before the first is left out."""
+    model, ids, starts = small_model(), some_ids(40), [3, 5, 17, 30]
+    parts = [ids[a : b + 1][: 8 + 1] for a, b in zip(starts, [*starts[1:], 39])]
+    total = sum(gpt.evaluate(model, part) * (len(part) - 1) for part in parts)
+    loss = gpt.evaluate(model, ids, batch_size=3, starts=torch.tensor(starts))
+    assert loss == pytest.approx(total / (2 + 8 + 8 + 8), rel=1e-5)
+
+
+def test_a_run_that_is_past_its_stop_ends_at_once(tmp_path):
+    run(out=tmp_path, stop_at=5)
+    state = gpt.load_checkpoint(tmp_path / "last.pt")
+    assert run(resume=state, stop_at=3) == state["history"]
+
+
 @pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.5}], ids=str)
 def test_training_steps_are_steps_of_adamw_that_decay_matrices_only(decay):
     model, twin, (x, y) = small_model().eval(), small_model(), some_batch()
@@ -236,7 +251,8 @@ def test_a_run_ends_in_time_and_saves(tmp_path, monkeypatch):
     assert gpt.load_checkpoint(tmp_path / "best.pt")["step"] == 0
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "lr", "eval_every", "max_seconds"])
+@pytest.mark.parametrize("name", ["steps", "batch_size", "lr", "eval_every", "max_seconds",
+                                  "stop_at"])
 def test_what_makes_no_run_is_refused(name, tmp_path):
     for start in (gpt.TrainConfig, partial(run, out=tmp_path)):
         for value in (0, -1, math.nan):
@@ -395,6 +411,7 @@ def check_refused(path, words):
 @pytest.mark.parametrize("changes", [
     {"config": {"d_model": 32}}, {"config": {"n_heads": 3}}, {"config": {"colour": 1}},
     {"config": {"n_layers": 1}}, {"config": {"n_layers": 3}}, {"config": {"n_layers": 10**7}},
+    {"config": {"n_layers": 10**5}, "history": {"padding": "a" * 300_000}},
     {"config": {"max_len": 10**8}}, {"config": {"d_model": 10**6}}, {"model": 7},
     {"tokenizer": 5}, {"tokenizer": "abc"}, {"tokenizer": {"kind": "words"}},
     {"tokenizer": {"characters": "ab"}},  # 2 tokens, the model has 7
