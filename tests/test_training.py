@@ -419,7 +419,7 @@ def check_refused(path, words):
     {"model": {"head.weight": torch.zeros(1).expand(7, 16)}},  # one number, said to be many
     {"model": {"head.weight": torch.empty(7, 16, device="meta")}},  # none
     {"config": {"max_len": 10**8}, "model": {"positions.weight": torch.ones(1).expand(10**8, 16)}},
-], ids=range(18))
+], ids=range(19))
 def test_parts_that_do_not_fit_are_refused(saved, changes):
     alter(saved, **changes)
     check_refused(saved.path, "too small for GPTConfig" if len(changes) > 1 else "last.pt")
