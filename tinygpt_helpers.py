@@ -237,7 +237,7 @@ def check_ids(idx, vocab_size):
     if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
         low, high = (end.item() for end in idx.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"id {min(low, 0) or high} is outside the vocabulary of {vocab_size}")
+            raise ValueError(f"ids {low} to {high} do not fit the vocabulary, 0..{vocab_size - 1}")
 
 def sinusoids(length, width):
     """Return waves from fast to slow, `(length, width)`: neighbours are alike.
@@ -283,7 +283,8 @@ class TinyGPT(nn.Module):
         check_ids(idx, self.vocab_size)
         if memory is None and idx.size(1) > self.max_len:
             raise ValueError(f"T = {idx.size(1)} passes max_len: crop to idx[:, -{self.max_len}:]")
-        places = memory.place(idx) if memory else torch.arange(idx.size(1), device=idx.device)
+        here = torch.arange(idx.size(1), device=idx.device)
+        places = here if memory is None else memory.place(idx)
         x = self.dropout(self.tokens(idx) + self.positions(places))  # (B, T, C)
         for block in self.blocks:
             x = block(x, memory)
@@ -472,9 +473,8 @@ def resume_run(checkpoint, model, optimizer, generator, scaler, seed):
         groups = optimizer.state_dict()["param_groups"]  # our settings, not the file's
         optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
         for weight, state in optimizer.state.items():
-            for moment in (state["exp_avg"], state["exp_avg_sq"]):
-                fits = moment.shape == weight.shape and moment.is_contiguous()
-                if not fits or state["step"].shape:
+            for m in (state["exp_avg"], state["exp_avg_sq"]):
+                if (m.shape, m.is_contiguous(), state["step"].shape) != (weight.shape, True, ()):
                     raise ValueError("its optimiser's states do not fit its weights")
         scaler.load_state_dict(checkpoint["scaler"])
         generator.set_state(checkpoint["rng"]["batches"])

@@ -223,8 +223,8 @@ def test_dropout_is_everywhere_and_while_training_only():
 @pytest.mark.parametrize(("idx", "message"), [
     (torch.zeros(1, 13).long(), r"T = 13 passes max_len.*idx\[:, -12:\]"),
     (torch.zeros(1, 0).long(), r"T > 0.*\(1, 0\)"),
-    (torch.tensor([[0, 11]]), "id 11 .*vocabulary of 11"),
-    (torch.tensor([[5, -1]]), "id -1 .*vocabulary of 11"),
+    (torch.tensor([[0, 11]]), "ids 0 to 11 .*vocabulary, 0..10"),
+    (torch.tensor([[5, -1]]), "ids -1 to 5 .*vocabulary, 0..10"),
     (torch.zeros(3).long(), r"\(B, T\).*\(3,\)"),
     (torch.zeros(1, 2, 3).long(), r"\(B, T\).*\(1, 2, 3\)"),
     (torch.zeros(1, 3), "integer.*torch.float32"),

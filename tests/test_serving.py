@@ -332,10 +332,11 @@ def test_an_engine_of_nothing_is_refused(name):
     ("prompt_ids", torch.ones(2), TypeError, "int"), ("max_new_tokens", 2.5, TypeError, "int"),
     ("prompt_ids", [], ValueError, "T > 0"), ("top_p", 0, ValueError, "top_p is 0"),
     ("prompt_ids", [1] * (MAX_LEN + 1), ValueError, f"prompt of {MAX_LEN + 1} leaves room for 0"),
-    ("prompt_ids", [1, V], ValueError, f"id {V} is outside the vocabulary of {V}"),
+    ("prompt_ids", [1, V], ValueError, f"ids 1 to {V} do not fit .* 0..{V - 1}"),
     ("max_new_tokens", 0, ValueError, "max_new_tokens is 0: .*1 or more"),
     ("max_new_tokens", 16, ValueError, "is 16: .*prompt of 2 leaves room for 15"),
-    ("prompt_ids", [-1], ValueError, "id -1"), ("temperature", -1, ValueError, "temperature is -1"),
+    ("prompt_ids", [-1], ValueError, "ids -1 to -1"),
+    ("temperature", -1, ValueError, "temperature is -1"),
     ("stop_ids", "\n", (TypeError, ValueError), "int"), ("stop_ids", 3, TypeError, "iterable"),
     ("seed", "x", (TypeError, RuntimeError), "manual_seed|int")])
 def test_what_is_refused_leaves_the_others_alone(name, value, kind, message):

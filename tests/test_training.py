@@ -258,7 +258,7 @@ def test_what_makes_no_run_is_refused(name, tmp_path):
         for value in (0, -1, math.nan):
             with pytest.raises(ValueError, match=f"{name} is {value}"):
                 start(**{name: value})
-    with pytest.raises(ValueError, match="id 9 is outside"):
+    with pytest.raises(ValueError, match="ids 1 to 9 do not fit"):
         gpt.train(small_model(), torch.tensor([1, 2, 9] * 9), some_ids(20), out=tmp_path)
     with pytest.raises(TypeError, match="epochs"):
         run(out=tmp_path, epochs=3)
