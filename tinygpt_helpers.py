@@ -206,7 +206,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = heads.split(self.n_heads, dim=1)  # each (B, n_heads, T, d_head)
         dropout = self.dropout if self.training else 0.0
         if memory is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            q, k, v = (t.type_as(x) if x.is_cpu else t for t in (q, k, v))  # autocast: page 04
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:
             y = memory.attend(self.layer, q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -538,7 +540,7 @@ def train(model, train_ids, val_ids, starts=None, validate=None, out=None, token
                  scaler=scaler, seed=config.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    learner = torch.compile(model) if config.compile else model
+    learner = torch.compile(model, mode="max-autotune-no-cudagraphs") if config.compile else model
     step, losses = len(history["train_loss"]), []  # losses: still on the device
     show, began = progress_line(step / config.steps), time.perf_counter()
     while True:

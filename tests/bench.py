@@ -166,7 +166,7 @@ def training_step(quick, precision, compiled=False):
     assert off < 0.03, f"the logits of {precision} are off by {off:.1%} of their size"
     ours, theirs = make_optimizer(model, 1e-3), torch.optim.AdamW(plain.parameters(), lr=1e-3)
     losses, n = ([], []), 3 if quick else 10
-    learner = torch.compile(model) if compiled else model
+    learner = torch.compile(model, mode="max-autotune-no-cudagraphs") if compiled else model
 
     def module():
         for _ in range(n):
