@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # Written when the build is complete: an interrupted build leaves no stamp and is begun anew.
 STAMP := $(VENV)/.built
 
-.PHONY: help lab train test bench module pages check lint corpus model picture clean
+.PHONY: help lab train test bench module pages check lint corpus model picture publish clean
 help:
 	@echo "make lab      open the pages in JupyterLab"
 	@echo "make train    train and sample at the command line (ARGS=--help lists the options)"
@@ -19,6 +19,7 @@ help:
 	@echo "make corpus   write data/tiny_corpus.txt anew"
 	@echo "make model    train data/tiny_model.pt anew (about a quarter of an hour)"
 	@echo "make picture  draw the README's picture anew"
+	@echo "make publish  write the course's address everywhere (REPO=owner/name; REF=main)"
 	@echo "make clean    delete .venv and what tools left behind"
 	@echo
 	@echo "PYTHON=python3.12 picks the Python to build .venv with."
@@ -70,6 +71,10 @@ model: $(STAMP)
 
 picture: $(STAMP)
 	$(RUN) tests/picture.py
+
+# REPO= (empty) takes the address out again.
+publish: $(STAMP)
+	$(RUN) tests/publish.py $(if $(filter undefined,$(origin REPO)),,--repo="$(REPO)") --ref="$(or $(REF),main)"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis pages-out
