@@ -25,7 +25,7 @@ The next cell lets this page find the rest of the course. Where you opened the p
 Colab, it fetches the course first. That needs the network: on Kaggle, switch *Internet* on in the
 settings."""
 SETUP = """\
-import contextlib, os, shutil, sys, urllib.request
+import contextlib, glob, os, shutil, sys, urllib.request
 
 COURSE = os.environ.get("TINYGPT_COURSE", "{address}")
 here = [p for p in (".", "..", "tinygpt") if os.path.isfile(f"{{p}}/tinygpt_helpers.py")]
@@ -35,8 +35,8 @@ if not here:  # this page is alone: fetch the course, once, with git or else as 
         with contextlib.suppress(OSError, ValueError):
             file, _ = urllib.request.urlretrieve(f"{{COURSE}}/archive/{ref}.zip")
             shutil.unpack_archive(file, "part", "zip")
-    assert os.path.isdir("part"), "no network? Go online, or download the whole course"
-    os.renames(f"part/{{os.listdir('part')[0]}}", "tinygpt")
+    assert glob.glob("part/*"), "No network? Go online, or download the whole course."
+    os.renames(*glob.glob("part/*"), "tinygpt")
 os.chdir((here or ["tinygpt"])[0] + "/notebooks")
 sys.path.insert(0, os.path.abspath(".."))  # tinygpt_helpers.py is there"""
 
@@ -44,6 +44,10 @@ SETTING = re.compile(r'(?m)^repository = "(.*)"\nref = "(.*)"$')
 LINK = re.compile(r"\n\n\[Open this page in Colab\]\([^)]*\)")
 BADGES = re.compile(r"(<!-- make publish .*-->\n)(?:\[!\[.*\n)*")
 CITED = re.compile(r"(?m)^repository-code: .*\n")
+
+
+def address(repo):
+    return f"https://github.com/{repo}" if repo else "(not published yet)"
 
 
 def colab(repo, ref, page):
@@ -72,9 +76,8 @@ def page_text(path, repo, ref):
     if nb.cells[first].id != IDS[1]:
         nb.cells[first:first] = [new_markdown_cell(id=IDS[0]), new_code_cell(id=IDS[1])]
         first += 1
-    address = f"https://github.com/{repo}" if repo else "(not published yet)"
     nb.cells[first - 1].source = NOTE
-    nb.cells[first].source = SETUP.format(address=address, ref=ref)
+    nb.cells[first].source = SETUP.format(address=address(repo), ref=ref)
     return nbformat.writes(nb).rstrip("\n") + "\n"
 
 

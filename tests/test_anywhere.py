@@ -1,0 +1,251 @@
+"""A page works wherever it is opened, and one setting holds the course's address."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pages
+import publish
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = "02_dataset.ipynb"
+MODULE = f"{pages.MODULE}.py"
+REPO, REF = publish.setting()
+
+
+def copy_course(folder):
+    """A copy of what a page needs, and of what the address is in."""
+    folder.mkdir()
+    for name in (MODULE, "pyproject.toml", "README.md", "CITATION.cff", ".gitattributes"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("data", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
+            "__pycache__", ".ipynb_checkpoints", "*.tmp"))
+    return folder
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """The course as a repository of git, in a path with a blank and an umlaut."""
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    folder = copy_course(tmp_path_factory.mktemp("on the web") / "kleiner Zähler")
+    git(folder, "init", "-q", "-b", REF)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "The course")
+    return folder
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A page alone in a folder, as on Colab."""
+    folder = tmp_path / "my pages"
+    folder.mkdir()
+    shutil.copy(ROOT / "notebooks" / PAGE, folder)
+    return folder
+
+
+def set_up_cell():
+    return publish.SETUP.format(address="(not published yet)", ref=REF)
+
+
+WHERE = f"""
+import importlib.util
+print(os.getcwd())
+os.chdir(os.sep)  # what the set-up cell has set does not depend on the folder
+print(importlib.util.find_spec({pages.MODULE!r}).origin)
+"""
+
+
+def set_up(folder, address=None, times=1, path=None):
+    """Run the set-up cell in a fresh Python that starts in `folder`; return (its working folder,
+    the module it would import), or the last line of what it says where it fails."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TINYGPT_COURSE", "PYTHONPATH")}
+    env |= {"TINYGPT_COURSE": address} if address else {}
+    env |= {"PATH": str(path)} if path else {}
+    cell = set_up_cell() + "\n"
+    done = subprocess.run([sys.executable, "-c", cell * times + WHERE], cwd=folder, env=env,
+                          capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        return done.stderr.splitlines()[-1]
+    return [Path(line) for line in done.stdout.splitlines()[-2:]]
+
+
+def works_in(course):
+    return [course / "notebooks", course / MODULE]
+
+
+# ---------------------------------------------------------------- the set-up cell
+
+
+def test_each_page_begins_with_the_set_up_cell_and_holds_it_once():
+    for path in pages.find_pages([]):
+        page = pages.Page(path)
+        assert page.code[0][1].source == publish.SETUP.format(
+            address=publish.address(REPO), ref=REF), f"{path.stem}: `make publish` mends it"
+        assert sum("TINYGPT_COURSE" in c.source for _, c in page.code) == 1
+        assert not any(re.search(r'sys\.path\.\w+\(0, "\.', c.source.partition('"""')[0])
+                       for _, c in page.code[1:]), "the set-up cell has set the path"
+    lines = set_up_cell().splitlines()
+    assert len([line for line in lines if line]) <= 13 and max(map(len, lines)) <= 88
+
+
+@pytest.mark.parametrize("start", ["", "notebooks"])
+def test_in_the_course_it_sets_the_path_and_fetches_nothing(repository, start):
+    before = sorted(repository.iterdir())
+    assert set_up(repository / start, "nowhere", times=2) == works_in(repository)
+    assert sorted(repository.iterdir()) == before
+
+
+def test_alone_it_fetches_the_course_once(repository, alone):
+    address = repository.as_uri()
+    assert set_up(alone, address, times=2) == works_in(alone / "tinygpt")
+    assert {p.name for p in alone.iterdir()} == {PAGE, "tinygpt"}
+    # A restarted kernel begins in the first folder again, and finds what is there.
+    (alone / "tinygpt" / "mine.txt").touch()
+    assert set_up(alone, "nowhere") == works_in(alone / "tinygpt")
+    assert (alone / "tinygpt" / "mine.txt").exists()
+
+
+def test_half_a_course_is_fetched_anew(repository, alone):
+    (alone / "part" / "course" / ".git").mkdir(parents=True)
+    (alone / "part" / "course" / MODULE).touch()
+    assert set_up(alone, repository.as_uri()) == works_in(alone / "tinygpt")
+    assert (alone / "tinygpt" / MODULE).stat().st_size and not (alone / "part").exists()
+
+
+def test_without_git_it_takes_the_zip(alone, tmp_path):
+    course = copy_course(tmp_path / f"tinygpt-{REF}")
+    (tmp_path / "archive").mkdir()
+    shutil.make_archive(tmp_path / "archive" / REF, "zip", tmp_path, course.name)
+    (tmp_path / "bin").mkdir()
+    assert set_up(alone, tmp_path.as_uri(), path=tmp_path / "bin") == works_in(alone / "tinygpt")
+    assert not (alone / "tinygpt" / ".git").exists() and not (alone / "part").exists()
+
+
+@pytest.mark.parametrize("address", [None, "file:///no/such/course", "https://127.0.0.1:9/course"],
+                         ids=["unpublished", "wrong", "offline"])
+def test_without_the_course_it_says_what_to_do_and_a_later_try_works(repository, alone, address):
+    said = set_up(alone, address)
+    assert "Go online, or download the whole course" in said
+    assert not (alone / "tinygpt").exists()
+    assert set_up(alone, repository.as_uri()) == works_in(alone / "tinygpt")
+
+
+def test_a_page_alone_in_a_kernel(repository, alone, monkeypatch):
+    """First offline, with few words; then online, up to its first numbers."""
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    nb = nbformat.read(alone / PAGE, as_version=4)
+    nb.cells = [cell for cell in nb.cells if cell.cell_type == "code"][:3]
+    expected = pages.output_text(*nb.cells[2].outputs)
+    monkeypatch.setenv("TINYGPT_COURSE", "file:///no/such/course")
+    client = NotebookClient(nb, timeout=60, resources={"metadata": {"path": str(alone)}})
+    with client.setup_kernel():
+        with pytest.raises(CellExecutionError, match="Go online"):
+            client.execute_cell(nb.cells[0], 0)
+        error = pages.output_text(*nb.cells[0].outputs)
+        assert len(error.splitlines()) <= 20, error
+        again = f"import os; os.environ['TINYGPT_COURSE'] = {repository.as_uri()!r}"
+        nb.cells.append(nbformat.v4.new_code_cell(again))
+        for k in (3, 0, 1, 2):
+            client.execute_cell(nb.cells[k], k)
+    assert pages.output_text(*nb.cells[2].outputs) == expected and "training:" in expected
+
+
+# ---------------------------------------------------------------- the address
+
+
+def test_the_setting_is_written_everywhere():
+    stale = [str(path.relative_to(ROOT)) for path, text in publish.texts(REPO, REF).items()
+             if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"`make publish REPO={REPO} REF={REF}` writes {stale} anew"
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_publishing_goes_there_and_back(tmp_path):
+    course = copy_course(tmp_path / "course")
+    at_first = everything(course)
+    publish.main(["--repo=ada/tiny-course"], course)
+    once = everything(course)
+    publish.main(["--repo=grace/gpt.2", "--ref=v1.0"], course)
+    second = everything(course)
+    changed = {path.name for path in once if once[path] != second[path]}
+    assert changed == {"pyproject.toml", "README.md", "CITATION.cff",
+                       *(path.name for path in pages.find_pages([]))}
+    assert not any(b"ada/tiny" in data for data in second.values())
+    text = b"\n".join(second.values()).decode("utf-8", errors="replace")
+    n = len(pages.find_pages([]))
+    for address, times in {
+        "https://colab.research.google.com/github/grace/gpt.2/blob/v1.0/notebooks/": n + 1,
+        "https://www.kaggle.com/kernels/welcome?src=https://github.com/grace/gpt.2/blob/v1.0/": 1,
+        "https://mybinder.org/v2/gh/grace/gpt.2/v1.0?labpath=notebooks%2F00_start_here.ipynb": 1,
+        "https://codespaces.new/grace/gpt.2": 1, '"https://github.com/grace/gpt.2"': 1,
+        '\\"https://github.com/grace/gpt.2\\"': n, "--depth=1 -b v1.0": n, "archive/v1.0.zip": n,
+    }.items():
+        assert text.count(address) == times, address
+    for path in pages.find_pages([], course / "notebooks"):
+        assert f"blob/v1.0/notebooks/{path.name})" in pages.Page(path).cells[0].source
+        assert pages.check(path) == []
+    readme = second[course / "README.md"].decode()
+    assert list(pages.broken_links(readme, ROOT / "README.md")) == [], "a badge has no picture?"
+    publish.main([f"--repo={REPO}", f"--ref={REF}"], course)
+    assert everything(course) == at_first
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--repo=tinygpt"], "owner/name"), (["--repo=https://github.com/a/b"], "owner/name"),
+    (["--repo=a/b/c"], "owner/name"), (["--repo=a/b", "--ref=-x"], "a branch or a tag"),
+    (["--repo=a/b", "--ref=a b"], "a branch or a tag"), ([], "--repo"),
+])
+def test_what_is_no_address_changes_nothing(tmp_path, capsys, arguments, words):
+    course = copy_course(tmp_path / "course")
+    before = everything(course)
+    with pytest.raises(SystemExit) as stop:
+        publish.main(arguments, course)
+    assert stop.value.code and words in capsys.readouterr().err.splitlines()[-1]
+    assert everything(course) == before
+
+
+# ---------------------------------------------------------------- other machines
+
+
+def test_binder_has_what_the_pages_need_and_no_cuda():
+    """The list of environment.yml, but for the tests' nbval and PyTorch's build."""
+    wanted, binder = (yaml.safe_load((ROOT / name).read_text()) for name in
+                      ("environment.yml", ".binder/environment.yml"))
+    assert binder["channels"] == wanted["channels"]
+    ours = [entry for entry in wanted["dependencies"] if not entry.startswith(("nbval", "python"))]
+    theirs = [entry for entry in binder["dependencies"] if not entry.startswith("python=")]
+    assert theirs == [e.replace("pytorch", "pytorch ") + " cpu*" if "torch" in e else e
+                      for e in ours]
+
+
+def test_codespaces_builds_what_make_builds():
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert container["postCreateCommand"] == "make .venv/.built"
+    assert "STAMP := $(VENV)/.built" in (ROOT / "Makefile").read_text()
+    opened = container["customizations"]["codespaces"]["openFiles"]
+    assert all((ROOT / name).is_file() for name in opened)
+
+
+def test_a_checkout_on_windows_has_the_same_bytes(repository, tmp_path):
+    git(tmp_path, "clone", "-q", "-c", "core.autocrlf=true", repository.as_uri(), "copy")
+    here, there = everything(repository / "data"), everything(tmp_path / "copy" / "data")
+    assert here and sorted(here.values()) == sorted(there.values())
+    assert pages.main(["module", "--check", "--folder", str(tmp_path / "copy" / "notebooks")]) == 0
