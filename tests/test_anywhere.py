@@ -22,12 +22,10 @@ REPO, REF = publish.setting()
 
 def copy_course(folder):
     """A copy of what a page needs, and of what the address is in."""
-    folder.mkdir()
+    for name in ("data", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__*", ".*"))
     for name in (MODULE, "pyproject.toml", "README.md", "CITATION.cff", ".gitattributes"):
         shutil.copy(ROOT / name, folder)
-    for name in ("data", "notebooks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(
-            "__pycache__", ".ipynb_checkpoints", "*.tmp"))
     return folder
 
 
@@ -85,9 +83,6 @@ def set_up(folder, address=None, times=1, path=None):
 
 def works_in(course):
     return [course / "notebooks", course / MODULE]
-
-
-# ---------------------------------------------------------------- the set-up cell
 
 
 def test_each_page_begins_with_the_set_up_cell_and_holds_it_once():
@@ -165,9 +160,6 @@ def test_a_page_alone_in_a_kernel(repository, alone, monkeypatch):
     assert pages.output_text(*nb.cells[2].outputs) == expected and "training:" in expected
 
 
-# ---------------------------------------------------------------- the address
-
-
 def test_the_setting_is_written_everywhere():
     stale = [str(path.relative_to(ROOT)) for path, text in publish.texts(REPO, REF).items()
              if path.read_text(encoding="utf-8") != text]
@@ -220,9 +212,6 @@ def test_what_is_no_address_changes_nothing(tmp_path, capsys, arguments, words):
         publish.main(arguments, course)
     assert stop.value.code and words in capsys.readouterr().err.splitlines()[-1]
     assert everything(course) == before
-
-
-# ---------------------------------------------------------------- other machines
 
 
 def test_binder_has_what_the_pages_need_and_no_cuda():
