@@ -105,9 +105,11 @@ def setting(root=ROOT):
 def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", required=True, help="owner/name; empty: no address")
+    parser.add_argument("--repo", help="owner/name; empty: no address")
     parser.add_argument("--ref", default="main", help="a branch or a tag")
     args = parser.parse_args(argv)
+    if args.repo is None:
+        parser.exit(1, "REPO is missing: make publish REPO=owner/name (REPO= takes it out again)\n")
     if not re.fullmatch(r"([\w-]+/[\w.-]+)?", args.repo, re.ASCII):
         parser.exit(1, f"REPO={args.repo}: should be owner/name, as in REPO=ada/tinygpt-course\n")
     if not re.fullmatch(r"\w[\w.-]*", args.ref, re.ASCII):

@@ -55,10 +55,7 @@ def alone(tmp_path):
     return folder
 
 
-def set_up_cell():
-    return publish.SETUP.format(address="(not published yet)", ref=REF)
-
-
+CELL = publish.SETUP.format(address=publish.address(""), ref=REF)
 WHERE = f"""
 import importlib.util
 print(os.getcwd())
@@ -73,8 +70,7 @@ def set_up(folder, address=None, times=1, path=None):
     env = {k: v for k, v in os.environ.items() if k not in ("TINYGPT_COURSE", "PYTHONPATH")}
     env |= {"TINYGPT_COURSE": address} if address else {}
     env |= {"PATH": str(path)} if path else {}
-    cell = set_up_cell() + "\n"
-    done = subprocess.run([sys.executable, "-c", cell * times + WHERE], cwd=folder, env=env,
+    done = subprocess.run([sys.executable, "-c", (CELL + "\n") * times + WHERE], cwd=folder, env=env,
                           capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         return done.stderr.splitlines()[-1]
@@ -85,16 +81,17 @@ def works_in(course):
     return [course / "notebooks", course / MODULE]
 
 
-def test_each_page_begins_with_the_set_up_cell_and_holds_it_once():
-    for path in pages.find_pages([]):
-        page = pages.Page(path)
+def test_each_page_has_the_set_up_cell_once_and_the_address_of_the_setting_is_everywhere():
+    stale = [str(path.relative_to(ROOT)) for path, text in publish.texts(REPO, REF).items()
+             if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"`make publish REPO={REPO} REF={REF}` writes {stale} anew"
+    for page in map(pages.Page, pages.find_pages([])):
         assert page.code[0][1].source == publish.SETUP.format(
-            address=publish.address(REPO), ref=REF), f"{path.stem}: `make publish` mends it"
-        assert sum("TINYGPT_COURSE" in c.source for _, c in page.code) == 1
-        assert not any(re.search(r'sys\.path\.\w+\(0, "\.', c.source.partition('"""')[0])
-                       for _, c in page.code[1:]), "the set-up cell has set the path"
-    lines = set_up_cell().splitlines()
-    assert len([line for line in lines if line]) <= 13 and max(map(len, lines)) <= 88
+            address=publish.address(REPO), ref=REF), page.name
+        others = [cell.source.partition('"""')[0] for _, cell in page.code[1:]]
+        assert not any(re.search(r'TINYGPT_COURSE|sys\.path\.', text) for text in others), page.name
+    lines = [line for line in CELL.splitlines() if line]
+    assert len(lines) <= 13 and max(map(len, lines)) <= 88
 
 
 @pytest.mark.parametrize("start", ["", "notebooks"])
@@ -160,12 +157,6 @@ def test_a_page_alone_in_a_kernel(repository, alone, monkeypatch):
     assert pages.output_text(*nb.cells[2].outputs) == expected and "training:" in expected
 
 
-def test_the_setting_is_written_everywhere():
-    stale = [str(path.relative_to(ROOT)) for path, text in publish.texts(REPO, REF).items()
-             if path.read_text(encoding="utf-8") != text]
-    assert not stale, f"`make publish REPO={REPO} REF={REF}` writes {stale} anew"
-
-
 def everything(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -193,7 +184,7 @@ def test_publishing_goes_there_and_back(tmp_path):
         assert text.count(address) == times, address
     for path in pages.find_pages([], course / "notebooks"):
         assert f"blob/v1.0/notebooks/{path.name})" in pages.Page(path).cells[0].source
-        assert pages.check(path) == []
+    assert pages.check(path) == []
     readme = second[course / "README.md"].decode()
     assert list(pages.broken_links(readme, ROOT / "README.md")) == [], "a badge has no picture?"
     publish.main([f"--repo={REPO}", f"--ref={REF}"], course)
@@ -203,7 +194,7 @@ def test_publishing_goes_there_and_back(tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--repo=tinygpt"], "owner/name"), (["--repo=https://github.com/a/b"], "owner/name"),
     (["--repo=a/b/c"], "owner/name"), (["--repo=a/b", "--ref=-x"], "a branch or a tag"),
-    (["--repo=a/b", "--ref=a b"], "a branch or a tag"), ([], "--repo"),
+    (["--repo=a/b", "--ref=a b"], "a branch or a tag"), ([], "REPO is missing"),
 ])
 def test_what_is_no_address_changes_nothing(tmp_path, capsys, arguments, words):
     course = copy_course(tmp_path / "course")
@@ -212,6 +203,16 @@ def test_what_is_no_address_changes_nothing(tmp_path, capsys, arguments, words):
         publish.main(arguments, course)
     assert stop.value.code and words in capsys.readouterr().err.splitlines()[-1]
     assert everything(course) == before
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["REPO=a/b"], '--repo="a/b" --ref="main"'), (["REPO="], '--repo="" --ref="main"'),
+    (["REPO=a/b", "REF=v1.0"], '--ref="v1.0"'), ([], 'publish.py  --ref="main"')])
+def test_make_hands_the_address_on(arguments, words):
+    make = shutil.which("make") or pytest.skip("no make")
+    env = {k: v for k, v in os.environ.items() if k not in ("REPO", "REF", "MAKEFLAGS")}
+    command = [make, "-n", "publish", *arguments]
+    assert words in subprocess.check_output(command, cwd=ROOT, env=env, text=True)
 
 
 def test_binder_has_what_the_pages_need_and_no_cuda():
@@ -225,12 +226,12 @@ def test_binder_has_what_the_pages_need_and_no_cuda():
                       for e in ours]
 
 
-def test_codespaces_builds_what_make_builds():
+def test_codespaces_builds_what_make_builds_and_opens_page_00():
     container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    makefile = (ROOT / "Makefile").read_text()
     assert container["postCreateCommand"] == "make .venv/.built"
-    assert "STAMP := $(VENV)/.built" in (ROOT / "Makefile").read_text()
-    opened = container["customizations"]["codespaces"]["openFiles"]
-    assert all((ROOT / name).is_file() for name in opened)
+    assert "VENV := .venv\n" in makefile and "STAMP := $(VENV)/.built" in makefile
+    assert (ROOT / container["customizations"]["codespaces"]["openFiles"][0]).is_file()
 
 
 def test_a_checkout_on_windows_has_the_same_bytes(repository, tmp_path):
