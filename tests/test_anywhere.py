@@ -68,10 +68,9 @@ def set_up(folder, address=None, times=1, path=None):
     """Run the set-up cell in a fresh Python that starts in `folder`; return (its working folder,
     the module it would import), or the last line of what it says where it fails."""
     env = {k: v for k, v in os.environ.items() if k not in ("TINYGPT_COURSE", "PYTHONPATH")}
-    env |= {"TINYGPT_COURSE": address} if address else {}
-    env |= {"PATH": str(path)} if path else {}
-    done = subprocess.run([sys.executable, "-c", (CELL + "\n") * times + WHERE], cwd=folder, env=env,
-                          capture_output=True, text=True, encoding="utf-8")
+    env |= {k: str(v) for k, v in {"TINYGPT_COURSE": address, "PATH": path}.items() if v}
+    done = subprocess.run([sys.executable, "-c", (CELL + "\n") * times + WHERE], cwd=folder,
+                          env=env, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         return done.stderr.splitlines()[-1]
     return [Path(line) for line in done.stdout.splitlines()[-2:]]
