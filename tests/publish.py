@@ -31,7 +31,8 @@ COURSE = os.environ.get("TINYGPT_COURSE", "{address}")
 here = [p for p in (".", "..", "tinygpt") if os.path.isfile(f"{{p}}/tinygpt_helpers.py")]
 if not here:  # this page is alone: fetch the course, once, with git or else as a ZIP
     shutil.rmtree("part", ignore_errors=True)  # of an attempt that was interrupted
-    if os.system(f'git clone -q --depth=1 -b {ref} "{{COURSE}}" part/course'):
+    git = "git clone -q -c advice.detachedHead=false --depth=1 -b {ref}"
+    if os.system(f'{{git}} "{{COURSE}}" part/course'):
         with contextlib.suppress(OSError, ValueError):
             file, _ = urllib.request.urlretrieve(f"{{COURSE}}/archive/{ref}.zip")
             shutil.unpack_archive(file, "part", "zip")
