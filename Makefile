@@ -6,15 +6,16 @@ RUN := $(VENV)/bin/python
 # Written when the build is complete: an interrupted build leaves no stamp and is begun anew.
 STAMP := $(VENV)/.built
 
-.PHONY: help lab train test bench module pages check lint corpus model picture publish clean
+.PHONY: help lab train test html bench module pages check lint corpus model picture publish clean
 help:
 	@echo "make lab      open the pages in JupyterLab"
 	@echo "make train    train and sample at the command line (ARGS=--help lists the options)"
-	@echo "make test     run the tests and check every page (ARGS=... goes to pytest)"
+	@echo "make test     does the code work here? run its tests and every page (ARGS=... goes to pytest)"
+	@echo "make html     write the pages to pages-out/, to read in a browser without running them"
 	@echo "make bench    measure speed, as ratios"
 	@echo "make module   write tinygpt_helpers.py from the finished cells of the pages"
 	@echo "make pages    run every page anew and save it with its outputs (PAGES=\"01 02\": only these)"
-	@echo "make check    say what breaks a rule of a page (PAGES=... as above)"
+	@echo "make check    is the course in order? its rules and its tools' tests (PAGES=...: only their rules)"
 	@echo "make lint     look for mistakes in the code"
 	@echo "make corpus   write data/tiny_corpus.txt anew"
 	@echo "make model    train data/tiny_model.pt anew (about a quarter of an hour)"
@@ -47,6 +48,9 @@ train: $(STAMP)
 test: $(STAMP)
 	$(RUN) -m pytest $(ARGS)
 
+html: $(STAMP)
+	$(RUN) tests/export.py $(PAGES)
+
 bench: $(STAMP)
 	$(RUN) tests/bench.py $(ARGS)
 
@@ -56,8 +60,9 @@ module: $(STAMP)
 pages: $(STAMP)
 	$(RUN) tests/pages.py run $(PAGES)
 
+# For authors: what `make test` leaves out, since a learner's pages need not keep the rules.
 check: $(STAMP)
-	$(RUN) tests/pages.py check $(PAGES)
+	$(RUN) $(if $(PAGES),tests/pages.py check $(PAGES),-m pytest tests -m author $(ARGS))
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

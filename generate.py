@@ -1,6 +1,7 @@
 """Let a trained model write: the newest one in runs/, or the one that --checkpoint names."""
 
 import argparse
+import errno
 import os
 import re
 import shlex
@@ -40,12 +41,15 @@ def command(*words):
 def end_clearly(main, parser):
     """Call `main` with the options; end with one line if it is stopped, or something is wrong."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
+    args = parser.parse_args()
     try:
-        main(parser.parse_args())
+        main(args)
     except KeyboardInterrupt as stop:
         sys.exit(f"\nStopped. {stop}".rstrip())
     except (ValueError, OSError, RuntimeError, TypeError, FloatingPointError) as error:
-        sys.exit(f"error: {error}".splitlines()[0])
+        shut = getattr(error, "errno", None) in (errno.EACCES, errno.EROFS) and "out" in args
+        hint = "; --out names another folder to write to" if shut else ""
+        sys.exit(f"error: {error}".splitlines()[0] + hint)
 
 def main(args):
     path, device = args.checkpoint or newest("best.pt"), tiny.pick_device(args.device)

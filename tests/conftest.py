@@ -16,3 +16,17 @@ os.environ.pop("MPLBACKEND", None)
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tell a learner who changed a finished cell that the module does not know it."""
+    from pages import NOTEBOOKS, module_text
+    module = NOTEBOOKS.with_name("tinygpt_helpers.py").read_text(encoding="utf-8")
+    try:
+        same = module_text() == module
+    except SystemExit:  # no module can be made of the cell
+        same = False
+    if not same:
+        terminalreporter.write_line(
+            "Note: a finished cell of a page differs from tinygpt_helpers.py, which later pages "
+            "import. To take it over: make module")

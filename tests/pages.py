@@ -1,8 +1,7 @@
-"""The page tool: runs, checks and draws the course's pages, and writes the module from them.
+"""The page tool: runs and checks the course's pages, and writes the module from them.
 
     pages.py run [NAME...]               run from a fresh kernel, clean, save with outputs
     pages.py check [NAME...]             print what breaks a rule of a page (RULES, below)
-    pages.py html [NAME...] --out DIR    render to HTML, and to PNG where Chromium is there
     pages.py module [--check]            write tinygpt_helpers.py, or show how it differs
 
 No NAME means every page. NAME may be `01_tokenizer`, `01_tokenizer.ipynb` or `01`.
@@ -14,7 +13,6 @@ import copy
 import difflib
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -34,7 +32,6 @@ METADATA = {
 }
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = "[interactive control: run this cell to use it]"  # what the saved page has instead
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A place on one machine. `/tmp/ipykernel_…` is what a warning or a traceback shows.
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/])/(?:home|root|tmp|work|opt|Users|private|mnt|var)/\w|\b[A-Za-z]:\\+Users\b")
@@ -44,8 +41,9 @@ MACHINE_PATH = re.compile(
 
 
 def find_pages(names, folder=NOTEBOOKS):
-    """The paths of the named pages, or of all; SystemExit for a name that fits none or several."""
-    every = sorted(folder.glob("[!.]*.ipynb"))
+    """The paths of the named pages, or of all; SystemExit for a name that fits none or several.
+    A learner's copies are left out (JupyterLab calls them …-Copy1)."""
+    every = sorted(p for p in folder.glob("[!.]*.ipynb") if "-Copy" not in p.stem)
     found = [] if names else every
     for stem in (Path(name).name.removesuffix(".ipynb") for name in names):
         hits = [p for p in every if f"{p.stem}_".startswith(f"{stem}_")]
@@ -66,14 +64,23 @@ def write(path, text):
 def save(nb, path):
     """Write the notebook without what differs between machines: sources, ids, tags, outputs."""
     nb.metadata, nb.nbformat, nb.nbformat_minor = nbformat.from_dict(METADATA), 4, 5
-    for cell in nb.cells:
+    for i, cell in enumerate(nb.cells):
         for key in set(cell.metadata) - {"tags"}:
             del cell.metadata[key]
         for output in cell.get("outputs", []):
             if WIDGET_VIEW in output.get("data", {}):  # an empty box on every static viewer
                 output.update(data={"text/plain": WIDGET_NOTE}, metadata={})
+            if "image/png" in output.get("data", {}) and (words := caption(nb.cells, i)):
+                output.metadata.setdefault("image/png", {})["alt"] = words
     nbformat.validate(nb)
     write(path, nbformat.writes(nb).rstrip("\n") + "\n")
+
+
+def caption(cells, i):
+    """The caption below the figure of cell i in plain words, which are its alt text; "" if none."""
+    below = next((c.source for c in cells[i:] if c.cell_type == "markdown"), "")
+    words = re.sub(r"\[(.*?)\]\(.*?\)|[`*]", r"\1", below.split("\n\n")[0])
+    return " ".join(words.split()) if below.startswith("**Figure") else ""
 
 
 def output_text(*outputs):
@@ -113,27 +120,6 @@ def run(page, timeout=600):
         raise RuntimeError(f"{page.stem} is not saved: {wrong[0]}")
     save(nb, page)
     return seconds
-
-
-def html(page, out):
-    """Render the page to HTML and, where there is Chromium, to full-page pictures beside it."""
-    from nbconvert import HTMLExporter
-    try:
-        from playwright.sync_api import sync_playwright
-        chromium = next(filter(None, map(shutil.which, BROWSERS)))
-    except (ImportError, StopIteration):
-        chromium = None
-    out.mkdir(parents=True, exist_ok=True)
-    target = out.resolve() / f"{page.stem}.html"
-    text, _ = HTMLExporter(exclude_anchor_links=True).from_filename(str(page))
-    target.write_text(text, encoding="utf-8")
-    print("wrote", target)
-    for label, width in (("wide", 1200), ("narrow", 480)) if chromium else ():
-        with sync_playwright() as p, p.chromium.launch(executable_path=chromium) as browser:
-            tab = browser.new_page(viewport={"width": width, "height": 900})
-            tab.route(re.compile("^https?:"), lambda route: route.abort())  # what it shows offline
-            tab.goto(target.as_uri())
-            tab.screenshot(path=target.with_suffix(f".{label}.png"), full_page=True)
 
 
 class Page:
@@ -388,10 +374,13 @@ def rule_images(page):
     for k, i in enumerate(page.figures, 1):
         wanted = f"**Figure {page.number}.{k}.** "
         after = next((j for j, _ in page.markdown if j > i), i)
-        caption = page.cells[after].source.split("\n\n")[0]
-        if any(i < j <= after for j in page.figures) or not caption.startswith(wanted) or len(
-                caption.split()) < 7:
+        told = page.cells[after].source.split("\n\n")[0]
+        if any(i < j <= after for j in page.figures) or not told.startswith(wanted) or len(
+                told.split()) < 7:
             yield i, f"draws; the next text should begin with {wanted!r} and tell the finding"
+        if any(o.metadata.get("image/png", {}).get("alt") != caption(page.cells, i)
+               for o in page.cells[i].outputs if "image/png" in o.get("data", {})):
+            yield i, "draws, and the alt text is not its caption; run the page"
     if sum(c.source.startswith("**Figure") for _, c in page.markdown) > len(page.figures):
         yield None, f"more captions than figures ({len(page.figures)}); was the page run?"
 
@@ -408,7 +397,8 @@ def anchors(path):
 
 def broken_links(text, path):
     """What is wrong with the links of a Markdown text that stands in the file `path`."""
-    for target in LINK.findall(without_code(text)):
+    for link in LINK.finditer(without_code(text)):
+        target, said = link[1], link[0].rpartition("](")[0]
         name, _, anchor = unquote(target).partition("#")
         file = path.parent / name if name else path
         if re.match(r"[a-z]+:|//", target, re.I):
@@ -418,6 +408,8 @@ def broken_links(text, path):
             yield f"link {target!r}: there is no {name}"
         elif anchor and file.suffix in (".ipynb", ".md") and anchor not in anchors(file):
             yield f"link {target!r}: no such heading; there are {', '.join(sorted(anchors(file)))}"
+        elif anchor and file.suffix == ".ipynb" and anchor not in re.sub(r"\s", "-", said):
+            yield f"link {target!r} should name the section; many viewers only open the page"
 
 
 def rule_links(page):
@@ -467,9 +459,8 @@ def check(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "check", "html", "module"])
+    parser.add_argument("command", choices=["run", "check", "module"])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--out", type=Path, default=Path("pages-out"), help="folder for html")
     parser.add_argument("--folder", type=Path, default=NOTEBOOKS, help="the pages' folder")
     parser.add_argument("--check", action="store_true", help="module: only show what differs")
     args = parser.parse_args(argv)
@@ -483,12 +474,10 @@ def main(argv=None):
             except RuntimeError as error:
                 print(error, file=sys.stderr, flush=True)
                 failed = 1
-        elif args.command == "check":
+        else:
             findings = check(page)
             print(f"{page.stem}: {len(findings) or 'no'} findings", *findings, sep="\n  ")
             failed = failed or int(bool(findings))
-        else:
-            html(page, args.out)
     return failed
 
 

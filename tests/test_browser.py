@@ -15,8 +15,8 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
+from export import BROWSERS
 from nbformat.v4 import new_code_cell
-from pages import BROWSERS
 
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 if BROWSER is None:
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # here, as the controls need none of them. The pages' own tests (nbval) run every cell.
 CONTROLS = {
     "02_dataset": {"slider": ["start", "block_size"]},
-    "03_model": {"slider": ["layer", "head", "position"], "slow": "train_a_little|by_position"},
+    "03_model": {"slider": ["layer", "head", "position"],
+                 "slow": "train_a_little|by_position|flop_registry"},  # it warns without triton
     "05_generation": {"slider": ["temperature", "top-k", "top-p"], "text": ["prompt"],
                       "slow": "spent|scores"},
     "06_looking_inside": {"text": ["text"], "dropdown": ["layer", "head"], "slow": "results|SKILLS"}

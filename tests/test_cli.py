@@ -306,6 +306,16 @@ def test_an_error_is_one_line(trained, command, option):
     assert sorted(os.listdir()) == before  # no folder that would be in the way of the next try
 
 
+def test_where_nothing_may_be_written_the_option_that_helps_is_named(monkeypatch):
+    def shut(folder, **_):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "mkdir", shut)
+    status, _, err = call("train", "--corpus", "small.txt", "--steps", 2, *SMALL)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert "Permission denied: 'runs" in err and "--out names another folder" in err
+
+
 def test_a_loss_that_explodes_is_one_line_and_the_files_stay():
     status, _, err = call("train", "--corpus", "small.txt", "--steps", 50, "--lr", 1e30, "--out",
                           "o", *SMALL)

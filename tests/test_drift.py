@@ -4,6 +4,7 @@ import pages
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+pytestmark = pytest.mark.author
 COURSE = {
     "00_way": ["import math\nfrom pathlib import Path", 'HERE = Path(".")'],
     "01_tools": ["# Why 4: it is small.\nSIZE = 4  # rows", "TWICE = 8", "def area(r):\n"

@@ -12,6 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.author
 PAGES = sorted((ROOT / "notebooks").glob("[!.]*.ipynb"))
 
 
@@ -58,8 +59,8 @@ def lesson(head, *cells):
 def course(tmp_path):
     """A small course that keeps every rule, as pages that were run; the folder of its pages."""
     course = {
-        "00_start": lesson("# 0. Way in\n\n[Next](01_a.ipynb), [`f`](01_a.ipynb#The-function-f)",
-                           (MARK + "import math",)),
+        "00_start": lesson("# 0. Way in\n\n[Next](01_a.ipynb), "
+                           "[The function f](01_a.ipynb#The-function-f)", (MARK + "import math",)),
         "01_a": lesson(
             "# 1. What is it?\n\n[Before](00_start.ipynb) [After](02_b.ipynb)",
             "## The function `f`\n\n### Deeper\n\n![A small dot](dot.png)\n"
@@ -69,7 +70,7 @@ def course(tmp_path):
             ("draw()", shown(FIGURE)), "**Figure 1.1.** The dot is in the middle."),
         "02_b": lesson("# 2. Now?\n\n[On](01_a.ipynb)", "## Imports\n\n- `f` from [1](01_a.ipynb)",
             ("import sys\nfrom tinygpt_helpers import f\n%time f(1)\nf(1)", stream("1")),
-            "[Back](#Imports) and `[no](link)`", (MARK + "def h():\n    return 1",)),
+            "[Imports](#Imports) and `[no](link)`", (MARK + "def h():\n    return 1",)),
     }  # fmt: skip
     folder = tmp_path / "notebooks"
     folder.mkdir()
@@ -167,6 +168,7 @@ BROKEN = {
         (source(1, 6, "**Figure 1.1.** A dot."), "the finding"), (said(1, 5), "more captions"),
         (text("![a dot](https://a.org)"), "should be a file"), (text("![a dot](a.png)"), "'a.png'"),
         (said(1, 4, shown(FIGURE)), "**Figure 1.1.**"), (text("![ ](dot.png)"), "alt text"),
+        (said(1, 5, shown(FIGURE)), "is not its caption"),
     ],
     "links": [
         (source(1, 0, "# 1. A [before](00_start.ipynb)"), "its neighbour 02_b"),
@@ -174,6 +176,7 @@ BROKEN = {
         (text("[![a dot](dot.png)](03_c.ipynb)"), "is no 03_c"), (text("[x](#Nowhere)"), "no such"),
         (text("[x](../README.md#nowhere)"), "no such"), (text("[x](03_c.ipynb)"), "is no 03_c"),
         (text("[x](02_b.ipynb#Exports)"), "no such"), (text("[x](http://a.org)"), "be https"),
+        (text("[x](02_b.ipynb#Imports)"), "name the section"),
     ],
     "imports": [
         (source(2, 2, "- `g` from [1](01_a.ipynb)\n- `f` is nice"), "an Imports note"),
@@ -243,8 +246,12 @@ def test_find_pages_names_what_there_is(tmp_path):
             pages.find_pages(names, tmp_path)
 
 
-def test_html_holds_the_figure_and_its_caption(course, tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "BROWSERS", ())
-    assert pages.main(["html", "01", "--folder", str(course), "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "01_a.html").read_text(encoding="utf-8")
-    assert "The dot is in the middle." in text and FIGURE["image/png"] in text
+def test_the_caption_in_plain_words_is_the_alt_text_and_the_figures_size_stays(course):
+    path = course / "01_a.ipynb"
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[5].outputs[0].metadata = {"image/png": {"width": 300, "height": 200}}
+    nb.cells[6].source = "**Figure 1.1.** The *dot* of [page 2](02_b.ipynb)\nis `f(x)`.\n\nMore."
+    pages.save(nb, path)
+    kept = nbformat.read(path, as_version=4).cells[5].outputs[0].metadata
+    words = "Figure 1.1. The dot of page 2 is f(x)."
+    assert kept == {"image/png": {"width": 300, "height": 200, "alt": words}}

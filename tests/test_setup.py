@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+pytestmark = pytest.mark.author
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS, ENVIRONMENT = ROOT / "requirements.txt", ROOT / "environment.yml"
 
@@ -109,12 +110,13 @@ def test_make_names_a_python_that_is_too_old_or_missing(make, version, words):
 @pytest.mark.parametrize(("target", "call"), [
     ("lab", "-m jupyterlab 00_start_here.ipynb"), ("train", "train.py --max-seconds 85"),
     ("test", "-m pytest"), ("bench", "tests/bench.py"), ("module", "tests/pages.py module"),
+    ("check", "-m pytest tests -m author"), ("html", "tests/export.py"),
 ])
 def test_the_first_call_builds_and_the_second_builds_nothing(make, target, call):
     code, text, calls = make(target, "ARGS=--some option")
     assert code == 0, text
     assert "-m venv .venv" in calls and "-r requirements.txt" in calls and call in calls
-    assert ("--some option" in calls) == (target in ("train", "test", "bench"))
+    assert ("--some option" in calls) == (target in ("train", "test", "bench", "check"))
     code, text, calls = make(target)
     assert code == 0 and call in calls and len(calls.splitlines()) == 1, calls
 
