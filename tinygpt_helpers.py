@@ -1,11 +1,9 @@
 """TinyGPT: a decoder-only transformer, from characters to generated text, in one file.
 
-Each section is built, step by step, on the page of the course that its heading names: `make module`
-writes this file from the finished cells of those pages. B is the batch, T the tokens in a window, C
-the width of the model (d_model), V the size of the vocabulary."""
+`make module` writes it from the finished cells of the pages that its headings name.
+B: batch, T: tokens in a window, C: width (d_model), V: size of the vocabulary."""
 
 import collections
-import hashlib
 import io
 import json
 import math
@@ -17,6 +15,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
@@ -28,23 +27,23 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------- page 00: start here
 
 def pick_device(name=None):
-    """Return the `torch.device` to compute on: `name`, or if None CUDA, then MPS (Apple), then the
-    CPU. ValueError if it is not on this machine."""
+    """Return the `torch.device` to compute on: `name`, or if None CUDA, MPS (Apple) or
+    the CPU. ValueError if it is not on this machine."""
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
     name = name or next(kind for kind in backends if backends[kind].is_available())
     backend = backends.get(str(name).split(":")[0])
     if not (backend and backend.is_available()):
-        raise ValueError(f"there is no device {name!r} here: 'cpu' always is, 'cuda', 'mps' may be")
+        raise ValueError(f"no device {name!r} here: 'cpu' always, maybe 'cuda', 'mps'")
     return torch.device(name)
 
 # ---------------------------------------------------------------- page 01: text and tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
-SHAKESPEARE = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_HASH = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PLAYS = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
+PLAYS_HASH = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def write_atomically(path, data):
-    """Write bytes to a file so that a reader finds the old content or the new, never a part."""
+    """Write bytes to a file: a reader finds the old content or the new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -60,39 +59,38 @@ def write_atomically(path, data):
 def load_corpus(name="tiny"):
     """Return a text to train on, as one string with "\\n" line ends.
     name: "tiny" (the course's own stories), "shakespeare" (1.1 MB, downloaded once, to
-    ~/.cache/tinygpt or where TINYGPT_CACHE says), or the path of your own UTF-8 text."""
+    ~/.cache/tinygpt or where TINYGPT_CACHE says), or the path of a UTF-8 text."""
     path = DATA / "tiny_corpus.txt" if name == "tiny" else Path(name).expanduser()
     if name == "shakespeare":
         folder = Path(os.environ.get("TINYGPT_CACHE", "~/.cache/tinygpt")).expanduser()
         path = folder / "tinyshakespeare.txt"
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_HASH:
+        if not path.exists() or sha256(path.read_bytes()).hexdigest() != PLAYS_HASH:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(SHAKESPEARE, path, SHAKESPEARE_HASH, progress=False)
+                torch.hub.download_url_to_file(PLAYS, path, PLAYS_HASH, progress=False)
             except (OSError, RuntimeError) as error:
-                raise ConnectionError(f"could not download {SHAKESPEARE} ({error}). Run it again "
-                                      f"with a network, or put the file at {path}") from error
+                raise ConnectionError(f"could not download {PLAYS} ({error}). Try again"
+                                      f" or put the file at {path}") from error
     if not path.is_file():
-        raise FileNotFoundError(f"there is no text file {str(path)!r}; known: tiny, shakespeare")
+        raise FileNotFoundError(f"no text file '{path}'; known: tiny, shakespeare")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: Windows editors put a mark at the start
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without Windows's mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(name)!r} is not UTF-8; save it as UTF-8: {error}") from None
+        raise ValueError(f"'{name}' is not UTF-8; save it as UTF-8: {error}") from None
     if not text.strip():
-        raise ValueError(f"{str(name)!r} is empty; a text to learn from needs at least a few pages")
+        raise ValueError(f"'{name}' is empty; a text to learn from needs a few pages")
     return text
 
 def split_corpus(text, by_line=False):
-    """Return `(train_text, val_text)`: the first 90 % and the last 10 %. by_line=True cuts between
-    lines, so that no story is in both; otherwise between characters, as is usual on Shakespeare."""
+    """Return `(train_text, val_text)`: the first 90 % and the last 10 %. by_line: cut
+    between lines, so that no story is in both; else anywhere, usual on Shakespeare."""
     parts = text.splitlines(keepends=True) if by_line else text
     cut = int(0.9 * len(parts))
     return "".join(parts[:cut]), "".join(parts[cut:])
 
 class CharTokenizer:
-    """Text to ids and back: one id for each distinct character of `text`. Each tokenizer of this
-    course has vocab_size, encode, decode, save, load, and a state of plain values that names its
-    kind. ValueError: an unknown character or id, no text, a damaged file."""
+    """Text to ids and back: an id for each distinct character of `text`. ValueError: an
+    unknown character or id, no text, a damaged file."""
     def __init__(self, text):
         if not text:
             raise ValueError("text is empty; a vocabulary needs at least one character")
@@ -102,16 +100,16 @@ class CharTokenizer:
         self.state = {"kind": "char", "characters": "".join(self.stoi)}
 
     def encode(self, s):
-        for at, ch in enumerate(s):
-            if ch not in self.stoi:
-                raise ValueError(f"character {ch!r} (position {at}) is not in the vocabulary of "
-                                 f"{self.vocab_size}; known: {''.join(self.stoi)!r}")
+        if bad := [ch for ch in s if ch not in self.stoi]:
+            at, V, known = s.index(bad[0]), self.vocab_size, "".join(self.stoi)
+            raise ValueError(f"character {bad[0]!r} (position {at}) is not in the "
+                             f"vocabulary of {V}; known: {known!r}")
         return [self.stoi[ch] for ch in s]
 
     def decode(self, ids):
         ids = [int(i) for i in ids]  # a tensor's entries too
-        if unknown := [i for i in ids if i not in self.itos]:
-            raise ValueError(f"id {unknown[0]} is not in 0..{self.vocab_size - 1}, the vocabulary")
+        if bad := [i for i in ids if i not in self.itos]:
+            raise ValueError(f"id {bad[0]} is not in 0..{self.vocab_size - 1}")
         return "".join(self.itos[i] for i in ids)
 
     def save(self, path):
@@ -122,7 +120,7 @@ class CharTokenizer:
         try:
             return cls.from_state(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is damaged or foreign: {error!r}") from None
+            raise ValueError(f"'{path}' is damaged or foreign: {error!r}") from None
 
     @classmethod
     def from_state(cls, state):
@@ -136,14 +134,13 @@ TOKENIZERS = {"char": CharTokenizer}  # the kinds that a checkpoint may hold
 # ---------------------------------------------------------------- page 02: windows and batches
 
 class NextTokenDataset(torch.utils.data.Dataset):
-    """Every window of `block_size` tokens, with the tokens that come next as targets: item i is
-    `(x, y)`, both `(block_size,)` int64, from token i and i + 1 on. ValueError if none fits."""
+    """Every window of `block_size` tokens, with the next tokens as targets: item i is
+    `(x, y)`, both `(block_size,)` int64, from i and i + 1 on. ValueError: none fits."""
     def __init__(self, ids, block_size):
-        self.ids = torch.as_tensor(ids, dtype=torch.long)
-        self.block_size = block_size
-        if not 1 <= block_size < len(self.ids):  # the last token is a target only
-            raise ValueError(f"block_size is {block_size}; for {len(self.ids)} tokens it must be 1 "
-                             f"to {len(self.ids) - 1}")
+        self.ids, self.block_size = torch.as_tensor(ids, dtype=torch.long), block_size
+        n = len(self.ids)
+        if not 1 <= block_size < n:  # the last token is a target only
+            raise ValueError(f"block_size {block_size}: {n} tokens allow 1 to {n - 1}")
 
     def __len__(self):
         return len(self.ids) - self.block_size
@@ -155,13 +152,13 @@ class NextTokenDataset(torch.utils.data.Dataset):
         return window[:-1], window[1:]
 
 def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
-    """Return `batch_size` random pairs of NextTokenDataset, `(x, y)`, both `(B, T)` int64.
-    ids: 1-D int64. starts: where windows may begin, 1-D int64 (None: anywhere). generator: a
-    torch.Generator on the device of `ids`. ValueError if no window fits."""
-    places = max(0, len(ids) - block_size) if starts is None else len(starts)
-    if places < 1 or len(ids) < block_size + 1:
-        raise ValueError(f"{len(ids)} tokens with {places} starts hold no window of {block_size}")
-    at = torch.randint(places, (batch_size,), generator=generator, device=ids.device)
+    """Return `batch_size` random items of NextTokenDataset: `(x, y)`, `(B, T)` int64.
+    ids: 1-D int64. starts: where windows may begin, 1-D int64 (None: anywhere).
+    generator: on the device of `ids`. ValueError if no window fits."""
+    k = max(0, len(ids) - block_size) if starts is None else len(starts)
+    if k < 1 or len(ids) < block_size + 1:
+        raise ValueError(f"{len(ids)} tokens, {k} starts: no window of {block_size}")
+    at = torch.randint(k, (batch_size,), generator=generator, device=ids.device)
     at = at if starts is None else starts[at]
     windows = ids.unfold(0, block_size + 1, 1).index_select(0, at)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
@@ -169,8 +166,8 @@ def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
 # ---------------------------------------------------------------- page 03: the model
 
 def attention_weights(q, k):
-    """Return who looks at whom: softmax(q k^T / sqrt(d_head)), each position at its past only.
-    q, k: `(..., T, d_head)` -> `(..., T, T)`, rows sum to 1. Vaswani et al. 2017, section 3.2.1."""
+    """Return who looks at whom: softmax(q k^T / sqrt(d_head)), each at its past only.
+    q, k: `(..., T, d_head)` -> `(..., T, T)`, rows sum to 1 (Vaswani et al. 2017)."""
     T = q.size(-2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
@@ -187,13 +184,13 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.d_model, self.n_heads, self.n_layers, self.max_len)
+        sizes = self.vocab_size, self.d_model, self.n_heads, self.n_layers, self.max_len
         if min(sizes) < 1 or self.d_model % self.n_heads or not 0 <= self.dropout < 1:
-            raise ValueError(f"{self}: sizes >= 1, d_model divisible by n_heads, 0 <= dropout < 1")
+            raise ValueError(f"{self}: sizes > 0, n_heads divides d_model, dropout < 1")
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention, `(B, T, C)` -> `(B, T, C)`. memory.attend(layer, q, k, v)
-    does it; if memory is None, each token looks at this call's up to itself, by a fused kernel."""
+    """Multi-head causal self-attention, `(B, T, C)` -> `(B, T, C)`, by memory.attend;
+    memory None: each token looks at this call's up to itself, by a fused kernel."""
     def __init__(self, config, layer=0):
         super().__init__()
         self.layer, self.n_heads, self.dropout = layer, config.n_heads, config.dropout
@@ -201,22 +198,21 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x, memory=None):
-        B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3 * self.n_heads, C // self.n_heads).transpose(1, 2)
-        q, k, v = heads.split(self.n_heads, dim=1)  # each (B, n_heads, T, d_head)
-        dropout = self.dropout if self.training else 0.0
+        (B, T, C), H = x.shape, self.n_heads
+        heads = self.qkv(x).view(B, T, 3 * H, C // H).transpose(1, 2)
+        q, k, v = heads.split(H, dim=1)  # each (B, n_heads, T, d_head)
+        p = self.dropout if self.training else 0.0
         if memory is None:
-            q, k, v = (t.type_as(x) if x.is_cpu else t for t in (q, k, v))  # autocast: page 04
+            q, k, v = (t.type_as(x) if x.is_cpu else t for t in (q, k, v))  # page 04
             with torch.autocast("cpu", enabled=False):
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+                y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         else:
             y = memory.attend(self.layer, q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return F.dropout(self.proj(y), dropout) if dropout else self.proj(y)
+        return F.dropout(self.proj(y), p) if p else self.proj(y)
 
 class Block(nn.Module):
-    """One pre-norm transformer block, `(B, T, C)` -> `(B, T, C)`: talk, then think. Attention and
-    the MLP each read a normalised copy of x and add what they find."""
+    """A pre-norm block, `(B, T, C)` -> `(B, T, C)`: attention and MLP add to x."""
     def __init__(self, config, layer=0):
         super().__init__()
         C, p = config.d_model, config.dropout
@@ -231,43 +227,40 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), memory)
         return x + self.mlp(self.norm2(x))
 
-def check_ids(idx, vocab_size):
-    """Raise a ValueError unless idx is `(B, T)` ids below vocab_size. On a GPU and in a compiled
-    graph values cannot be looked at: generate, train and Engine check on the CPU, once."""
+def check_ids(idx, V):
+    """Raise a ValueError unless idx is `(B, T)` ids below V. To look at values stops a
+    GPU or a compiled graph: generate, train and Engine check on the CPU, once."""
     if idx.ndim != 2 or idx.size(1) == 0 or idx.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"idx must be (B, T) integers, T > 0, not {tuple(idx.shape)} {idx.dtype}")
-    if idx.device.type == "cpu" and not torch.compiler.is_compiling() and idx.numel():
+        raise ValueError(f"idx: integers (B, T), T > 0, not {[*idx.shape]} {idx.dtype}")
+    if idx.is_cpu and not torch.compiler.is_compiling() and idx.numel():
         low, high = (end.item() for end in idx.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"ids {low} to {high} do not fit the vocabulary, 0..{vocab_size - 1}")
+        if low < 0 or high >= V:
+            raise ValueError(f"ids {low} to {high} do not fit a vocabulary, 0..{V - 1}")
 
 def sinusoids(length, width):
-    """Return waves from fast to slow, `(length, width)`: neighbours are alike.
-    Vaswani et al. 2017, section 3.5, with 1,000 for 10,000: the texts here are short."""
+    """Return waves from fast to slow, `(length, width)`: neighbours are alike. Vaswani
+    et al. 2017, section 3.5, with 1,000 for 10,000: the texts here are short."""
     angles = torch.arange(length)[:, None] / 1000 ** (torch.arange(0, width, 2) / width)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
 @torch.no_grad()
 def init_weights(model):
-    """Set the weights a model starts from: a first loss of ln V, and fast from there. Matrices:
-    normal, std 1 / sqrt(inputs); smaller by sqrt(2 n_layers) where they add to the residual stream
-    (GPT-2, section 2.3); the head so small that every token is equally likely. Positions: waves."""
+    """Set the weights a model starts from: a first loss of ln V, and fast from there.
+    Matrices: normal, std 1 / sqrt(inputs); less by sqrt(2 n_layers) where they add to
+    the residual stream (GPT-2, section 2.3); tiny in the head: it says nothing yet."""
     for name, weight in model.named_parameters():
-        if weight.ndim < 2:
-            continue  # the norms begin as PyTorch has them: gain 1, bias 0
-        std = 0.3 if name == "tokens.weight" else weight.size(1) ** -0.5
-        if name.endswith(("proj.weight", "mlp.2.weight")):
-            std = std / math.sqrt(2 * len(model.blocks))
-        if name == "head.weight":
-            std = 0.05 * std
-        weight.normal_(std=std)
+        if weight.ndim > 1:  # the norms begin as PyTorch has them: gain 1, bias 0
+            std = 0.3 if name == "tokens.weight" else weight.size(1) ** -0.5
+            if name.endswith(("proj.weight", "mlp.2.weight")):
+                std = std / math.sqrt(2 * len(model.blocks))
+            weight.normal_(std=0.05 * std if name == "head.weight" else std)
     model.positions.weight.copy_(0.4 * sinusoids(*model.positions.weight.shape))
 
 class TinyGPT(nn.Module):
-    """A decoder-only transformer: ids `(B, T)` -> logits `(B, T, vocab_size)`. TinyGPT(config), or
-    with the fields of GPTConfig. memory: an object whose place(idx) returns where the tokens stand
-    and whose attend(layer, q, k, v) lets them look (AttentionRecorder, KVCache, PagedBatch). None:
-    the tokens are the whole text. ValueError: T > max_len, ids outside the vocabulary."""
+    """A decoder-only transformer of a GPTConfig, or its fields: ids `(B, T)` -> logits
+    `(B, T, V)`. memory: place(idx) says where the tokens stand, attend(layer, q, k, v)
+    lets them look (AttentionRecorder, KVCache, PagedBatch); None: they are the whole
+    text. ValueError: T > max_len, ids outside the vocabulary."""
     def __init__(self, *sizes, **named_sizes):
         super().__init__()
         whole = len(sizes) == 1 and isinstance(sizes[0], GPTConfig) and not named_sizes
@@ -276,17 +269,17 @@ class TinyGPT(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_len, config.d_model)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         init_weights(self)
 
     def forward(self, idx, memory=None):
         check_ids(idx, self.vocab_size)
-        if memory is None and idx.size(1) > self.max_len:
-            raise ValueError(f"T = {idx.size(1)} passes max_len: crop to idx[:, -{self.max_len}:]")
-        here = torch.arange(idx.size(1), device=idx.device)
-        places = here if memory is None else memory.place(idx)
+        T = idx.size(1)
+        if memory is None and T > self.max_len:
+            raise ValueError(f"T = {T} > max_len: crop to idx[:, -{self.max_len}:]")
+        places = memory.place(idx) if memory else torch.arange(T, device=idx.device)
         x = self.dropout(self.tokens(idx) + self.positions(places))  # (B, T, C)
         for block in self.blocks:
             x = block(x, memory)
@@ -297,8 +290,8 @@ class TinyGPT(nn.Module):
         return self.head(self.norm(x))
 
 class AttentionRecorder:
-    """A memory like None that keeps what the fused kernel never stores: model(idx, recorder), then
-    recorder.weights, `(n_layers, B, n_heads, T, T)`. For a model in eval mode."""
+    """A memory like None that keeps what the fused kernel never stores: after
+    model(idx, recorder), recorder.weights is `(n_layers, B, n_heads, T, T)`."""
     def place(self, idx):
         self.maps = []
         return torch.arange(idx.size(1), device=idx.device)
@@ -314,19 +307,19 @@ class AttentionRecorder:
 # ---------------------------------------------------------------- page 04: training
 
 def train_one_epoch(model, loader, optimizer, device):
-    """Show the model every batch of `loader` once; return the mean loss, in nats per token."""
+    """Train on each batch of `loader` once; return the mean loss, in nats per token."""
     model.train()
     total, count = 0.0, 0
     for x, y in loader:
         x, y = x.to(device), y.to(device)
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # (B*T, V) against (B*T,)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # (B*T, V), (B*T,)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         total += loss.item() * y.numel()
         count += y.numel()
     if count == 0:
-        raise ValueError("the loader has no batch: fewer windows than batch_size, with drop_last?")
+        raise ValueError("the loader has no batch: too few windows, with drop_last?")
     return total / count
 
 @contextmanager
@@ -342,61 +335,60 @@ def eval_mode(model):
 @torch.no_grad()
 def evaluate(model, ids, batch_size=64, starts=None):
     """Return the mean loss over `ids`, 1-D int64, in nats per token, with dropout off.
-    The text is cut every max_len tokens, so that each token but the first is predicted exactly
-    once. starts: where to cut instead, ascending; each part is read from there, up to max_len."""
+    Windows, of max_len at most, follow one another, or begin at `starts`, rising."""
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} tokens are too few to evaluate: 2 are needed")
-    device, last, total = next(model.parameters()).device, len(ids) - 1, 0.0
-    ids, starts = ids.cpu(), torch.arange(0, last, model.max_len) if starts is None else starts
-    lengths = starts.diff(append=torch.tensor([last]))
-    steps = torch.arange(min(model.max_len, lengths.max().item()))
-    at = (starts[:, None] + steps).clamp(max=last - 1)  # (windows, T): the places in the text
-    x, y = ids[at], ids[at + 1].masked_fill(steps >= lengths[:, None], -100)  # it does not count
+    last, T, total = len(ids) - 1, model.max_len, 0.0
+    cuts = [*(range(0, last, T) if starts is None else starts.tolist()), last]
+    parts = [ids[a : min(a + T, b) + 1] for a, b in zip(cuts, cuts[1:])]
+    parts = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-100)
     with eval_mode(model):
-        for inputs, targets in zip(x.split(batch_size), y.split(batch_size)):
-            logits = model(inputs.to(device)).flatten(0, 1)
-            total += F.cross_entropy(logits, targets.to(device).flatten(), reduction="sum").item()
-    return total / (y >= 0).sum().item()
+        for part in parts.to(model.head.weight.device).split(batch_size):
+            x, y = part[:, :-1].clamp(min=0), part[:, 1:]  # (B, T); -100 does not count
+            logits = model(x).flatten(0, 1)
+            total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+    return total / (parts[:, 1:] >= 0).sum().item()
 
 def make_optimizer(model, lr, weight_decay=0.1):
-    """Return AdamW (Loshchilov and Hutter 2019) that decays matrices only: not the gains and biases
-    of the norms. lr: the peak learning rate. The betas are nanoGPT's for character models."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
-    count = torch.autograd.graph.increment_version  # the fused kernel does not; Engine looks at it
-    optimizer.register_step_post_hook(lambda *step: [count(p) for p in matrices + vectors])
+    """Return AdamW (Loshchilov and Hutter 2019) that decays matrices, not the norms'
+    vectors. lr: the peak. The betas are nanoGPT's for character models."""
+    params = [*model.parameters()]
+    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=True)
+    count = torch.autograd.graph.increment_version  # the fused kernel does not: page 08
+    optimizer.register_step_post_hook(lambda *step: [count(p) for p in params])
     return optimizer
 
-def get_lr(progress, peak, warmup=0.05):
-    """Return the learning rate at `progress`, the share of the training that is done: straight up
-    to `peak` over the first `warmup`, then half a cosine to zero (Loshchilov and Hutter 2017)."""
-    if progress < warmup:
-        return peak * (progress + 0.01) / (warmup + 0.01)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+def get_lr(done, peak, warmup=0.05):
+    """Return the learning rate when a share `done` of the training is over: to `peak`
+    within `warmup`, then half a cosine to 0 (Loshchilov and Hutter 2017)."""
+    if done < warmup:
+        return peak * (done + 0.01) / (warmup + 0.01)
+    return peak / 2 * (1 + math.cos(math.pi * min(1, (done - warmup) / (1 - warmup))))
 
 def pick_precision(device):
-    """Return the dtype in which training multiplies on this torch.device, for torch.autocast.
-    bfloat16 where the chip has instructions for it (of a CPU's, PyTorch 2.11 and later know); on
-    other CUDA GPUs float16, with a GradScaler; else float32. Micikevicius et al. 2018."""
+    """Return the dtype in which training multiplies on this torch.device: bfloat16 if
+    the chip knows it, else on CUDA float16, else float32 (Micikevicius et al. 2018)."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if able else torch.float16
     can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
+    able = can.get("avx512_bf16") or can.get("amx_bf16")
+    return torch.bfloat16 if able else torch.float32
 
-def train_step(model, optimizer, x, y, lr, clip=1.0, precision=torch.float32, scaler=None):
-    """Take one step at learning rate `lr` on the batch `(x, y)`, both `(B, T)`; return its loss.
-    Gradients with a norm above `clip` are scaled down to it (Pascanu et al. 2013). The loss is a
-    tensor: to fetch it makes a GPU wait. scaler: the torch.amp.GradScaler that float16 needs."""
+def train_step(model, optimizer, x, y, lr, clip=1.0, precision=torch.float32,
+               scaler=None):
+    """Take a step at learning rate `lr` on a batch `(x, y)`, both `(B, T)`; return the
+    loss, a tensor: to fetch it makes a GPU wait. Gradients of a norm above `clip` are
+    scaled down to it (Pascanu et al. 2013). scaler: a GradScaler, for float16."""
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
     with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     optimizer.zero_grad()
-    scaler = scaler or torch.amp.GradScaler(enabled=False)  # one that leaves all as it is
+    scaler = scaler or torch.amp.GradScaler(enabled=False)  # one that does nothing
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -405,16 +397,18 @@ def train_step(model, optimizer, x, y, lr, clip=1.0, precision=torch.float32, sc
     return loss.detach()
 
 def progress_line(first=0.0):
-    """Return `show(progress, message, last=False)`, which prints how far from 0 to 1 a loop is that
-    began at `first`: in one line, or in a log in a new one every ten seconds."""
-    live, began, shown = sys.stdout.isatty() or "ipykernel" in sys.modules, time.perf_counter(), 0.0
+    """Return `show(progress, message, last=False)`, which prints how far from 0 to 1
+    a loop is that began at `first`: in one line, or in a log in a new one each 10 s."""
+    live = sys.stdout.isatty() or "ipykernel" in sys.modules
+    began, shown = time.perf_counter(), 0.0
 
     def show(progress, message, last=False):
         nonlocal shown
         spent = time.perf_counter() - began
         if last or spent - shown > (0.2 if live else 10):
             shown, left = spent, spent / max(progress - first, 0.001) * (1 - progress)
-            line = f"[{'=' * int(20 * progress):.<20}] {message}  {spent:.0f} s, {left:.0f} s left"
+            message = f"{message}  {spent:.0f} s, {left:.0f} s left"
+            line = f"[{'=' * int(20 * progress):.<20}] {message}"
             end = "" if live and not last else "\n"
             print(f"\r{line:<95}" if live else line, end=end, flush=True)
 
@@ -422,83 +416,83 @@ def progress_line(first=0.0):
 
 def save_checkpoint(path, model, optimizer=None, step=0, tokenizer=None, generator=None,
                     history=None, scaler=None, seed=None):
-    """Write all that is needed to go on: model, optimiser, step, RNG states, tokenizer.
-    The file appears whole or not at all. generator: the torch.Generator that draws the batches."""
-    buffer = io.BytesIO()
+    """Write all that a run needs to go on. generator: the one of the batches."""
+    buffer, on_gpu = io.BytesIO(), model.head.weight.is_cuda
     torch.save({
-        "format": "tinygpt-2", "config": asdict(model.config), "model": model.state_dict(),
-        "optimizer": optimizer and optimizer.state_dict(), "scaler": scaler and scaler.state_dict(),
-        "step": step, "seed": seed, "history": history, "tokenizer": tokenizer and tokenizer.state,
-        "rng": {"torch": torch.get_rng_state(), "batches": generator and generator.get_state(),
-                "cuda": torch.cuda.get_rng_state() if model.head.weight.is_cuda else None},
+        "format": "tinygpt-2", "config": asdict(model.config), "history": history,
+        "model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict(),
+        "scaler": scaler and scaler.state_dict(), "step": step, "seed": seed,
+        "tokenizer": tokenizer and tokenizer.state,
+        "rng": {"torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+                "batches": generator and generator.get_state()},
     }, buffer)
     write_atomically(path, buffer.getvalue())
 
 def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint; return its dict with "model" and "tokenizer" as objects again.
-    Only tensors and plain values are read: a file from a stranger cannot run code. Sizes are
-    compared before memory is taken. ValueError if it is damaged or foreign."""
+    """Read a checkpoint; return its dict, "model" and "tokenizer" as objects again. A
+    file can run no code nor fill the memory. ValueError if it is damaged or foreign."""
     data = Path(path).read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as parts:
-            if sum(part.file_size for part in parts.infolist()) > len(data) or parts.testzip():
-                raise ValueError("parts are changed or packed")  # torch.load looks at no checksum
+            size = sum(part.file_size for part in parts.infolist())
+            if size > len(data) or parts.testzip():  # torch.load looks at no checksum
+                raise ValueError("parts are changed or packed")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if state["format"] != "tinygpt-2":
             raise ValueError(f"its format is {state['format']!r}, not 'tinygpt-2'")
         config, weights = GPTConfig(**state["config"]), state["model"].values()
-        bad = any(w.is_meta or not w.is_contiguous() for w in weights)
-        if bad or config.n_layers > len(weights) or sum(w.nbytes for w in weights) > len(data):
+        whole = all(w.is_contiguous() and not w.is_meta for w in weights)
+        if not whole or config.n_layers > len(weights):
             raise ValueError(f"it is too small for {config}")
         with torch.device("meta"):  # shapes alone
             model = TinyGPT(config)
         model.load_state_dict(state["model"], assign=True)
-        tokenizer = state["tokenizer"]
-        if tokenizer is not None:
+        if (tokenizer := state["tokenizer"]) is not None:
             tokenizer = TOKENIZERS[tokenizer["kind"]].from_state(tokenizer)
             if tokenizer.vocab_size != config.vocab_size:
                 raise ValueError(f"{tokenizer.vocab_size} tokens do not fit {config}")
-    except Exception as error:  # torch.load's errors for damaged files are of many kinds
-        reason = f"{type(error).__name__}, {error}".splitlines()[0][:90]
-        raise ValueError(f"{str(path)!r} is damaged or no TinyGPT checkpoint: {reason}") from None
+    except Exception as error:  # torch.load's for damaged files are of many kinds
+        why = f"{type(error).__name__}, {error}".splitlines()[0][:90]
+        raise ValueError(f"'{path}' is damaged, no TinyGPT checkpoint: {why}") from None
     return state | {"model": model.to(device), "tokenizer": tokenizer}
 
-def resume_run(checkpoint, model, optimizer, generator, scaler, seed):
-    """Put a run back as load_checkpoint read it; return its history. ValueError if it holds none,
-    one with another seed, or optimiser states past whose end the fused kernel would write."""
-    if not (checkpoint["optimizer"] and checkpoint["history"]):
-        raise ValueError("this checkpoint holds a model alone: it can generate, but not resume")
-    if checkpoint["seed"] != seed:
-        raise ValueError(f"seed is {seed}; this run began and goes on with {checkpoint['seed']}")
+def resume_run(state, model, optimizer, generator, scaler, seed):
+    """Put back a run that load_checkpoint read; return its history. ValueError: no run,
+    another seed, or optimiser states past whose end the fused kernel would write."""
+    if not (state["optimizer"] and state["history"]):
+        raise ValueError("it holds a model alone, which can generate, but not resume")
+    if state["seed"] != seed:
+        raise ValueError(f"seed is {seed}; this run began with {state['seed']}")
     try:
-        model.load_state_dict(checkpoint["model"].state_dict())
+        model.load_state_dict(state["model"].state_dict())
         groups = optimizer.state_dict()["param_groups"]  # our settings, not the file's
-        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-        for weight, state in optimizer.state.items():
-            for m in (state["exp_avg"], state["exp_avg_sq"]):
-                if (m.shape, m.is_contiguous(), state["step"].shape) != (weight.shape, True, ()):
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        for p, kept in optimizer.state.items():
+            for m in (kept["exp_avg"], kept["exp_avg_sq"]):
+                if m.shape != p.shape or not m.is_contiguous() or kept["step"].ndim:
                     raise ValueError("its optimiser's states do not fit its weights")
-        scaler.load_state_dict(checkpoint["scaler"])
-        generator.set_state(checkpoint["rng"]["batches"])
-        torch.set_rng_state(checkpoint["rng"]["torch"])  # dropout draws from this one
-        if checkpoint["rng"]["cuda"] is not None and next(model.parameters()).is_cuda:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+        scaler.load_state_dict(state["scaler"])
+        generator.set_state(state["rng"]["batches"])
+        torch.set_rng_state(state["rng"]["torch"])  # dropout draws from this one
+        if state["rng"]["cuda"] is not None and next(model.parameters()).is_cuda:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"this run cannot go on, its checkpoint is damaged: {error!r}") from None
-    return {name: list(values) for name, values in checkpoint["history"].items()}
+        raise ValueError(f"the run cannot go on, it is damaged: {error!r}") from None
+    return {name: list(values) for name, values in state["history"].items()}
 
-def validate_and_save(model, validate, history, step, out=None, **state):
-    """Add validate(model) to `history`; save last.pt and, if it is the best, best.pt in `out`, with
-    `state`. FloatingPointError, and no file touched, if the loss is not finite."""
+def validate_and_save(model, validate, history, step, out=None, **rest):
+    """Add validate(model) to `history`; save last.pt and, if it is the best, best.pt in
+    `out`, with `rest`. FloatingPointError, and no file touched, if not finite."""
     if step in history["val_step"]:  # measured just before the run was paused
         return
     history["val_step"].append(step)
     history["val_loss"].append(validate(model))
     if not math.isfinite(loss := history["val_loss"][-1]):
         raise FloatingPointError(f"step {step}: the validation loss is {loss}")
-    for name in ("best.pt", "last.pt") if out else ():  # last.pt last: it says the step is done
+    for name in ("best.pt", "last.pt") if out else ():  # last.pt last: the step is done
         if name == "last.pt" or loss == min(history["val_loss"]):
-            save_checkpoint(Path(out) / name, model, step=step, history=history, **state)
+            save_checkpoint(Path(out) / name, model, step=step, history=history, **rest)
 
 @dataclass
 class TrainConfig:
@@ -508,77 +502,76 @@ class TrainConfig:
     lr: float = 3e-3  # the highest: see get_lr
     block_size: int | None = None  # tokens in a window; None: the model's max_len
     eval_every: int = 200  # steps from one validation, and checkpoint, to the next
-    max_seconds: float = math.inf  # end after so many, with the learning rate down by then
+    max_seconds: float = math.inf  # end after so many, with the rate down by then
     stop_at: float = math.inf  # pause before this step
     seed: int = 0  # of the batches
     precision: torch.dtype = torch.float32  # see pick_precision
     compile: bool = False  # by torch.compile: slow to start, then faster
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "lr", "eval_every", "max_seconds", "stop_at"):
+        for name in "steps batch_size lr eval_every max_seconds stop_at".split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
-def train(model, train_ids, val_ids, starts=None, validate=None, out=None, tokenizer=None,
-          resume=None, on_eval=lambda history: None, **settings):
+def train(model, train_ids, val_ids, starts=None, validate=None, out=None,
+          tokenizer=None, resume=None, on_eval=lambda history: None, **settings):
     """Train; return {"train_loss": [...], "val_step": [...], "val_loss": [...]}.
-    settings: the fields of TrainConfig. Every `eval_every` steps: validate_and_save to the folder
-    `out`, if any (validate None: evaluate on val_ids), then on_eval(history). starts: see
-    sample_batch. resume: a loaded checkpoint to go on from. FloatingPointError that names the step
-    if a loss is not finite, seen within 10 steps; the files stay as they were."""
-    config, device = TrainConfig(**settings), next(model.parameters()).device
+    settings: TrainConfig's fields. Every `eval_every` steps: validate_and_save to the
+    folder `out`, if any (validate None: evaluate on val_ids), then on_eval(history).
+    starts: see sample_batch. resume: a loaded checkpoint to go on from. A loss that is
+    not finite: FloatingPointError within 10 steps; the files stay as they were."""
+    run, device = TrainConfig(**settings), next(model.parameters()).device
     check_ids(train_ids[None].cpu(), model.vocab_size)
-    train_ids, starts = train_ids.to(device), None if starts is None else starts.to(device)
+    train_ids, T = train_ids.to(device), run.block_size or model.max_len
+    starts = None if starts is None else starts.to(device)
     validate = validate or partial(evaluate, ids=val_ids)
-    optimizer = make_optimizer(model, config.lr)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == torch.float16)
+    optimizer = make_optimizer(model, run.lr)
+    generator = torch.Generator(device).manual_seed(run.seed)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.precision == torch.float16)
     history = {"train_loss": [], "val_step": [], "val_loss": []}
     if resume:
-        history = resume_run(resume, model, optimizer, generator, scaler, config.seed)
+        history = resume_run(resume, model, optimizer, generator, scaler, run.seed)
     state = dict(out=out, optimizer=optimizer, tokenizer=tokenizer, generator=generator,
-                 scaler=scaler, seed=config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    learner = torch.compile(model, mode="max-autotune-no-cudagraphs") if config.compile else model
+                 scaler=scaler, seed=run.seed)
+    mode = "max-autotune-no-cudagraphs"
+    learner = torch.compile(model, mode=mode) if run.compile else model
     step, losses = len(history["train_loss"]), []  # losses: still on the device
-    show, began = progress_line(step / config.steps), time.perf_counter()
+    show, began = progress_line(step / run.steps), time.perf_counter()
     while True:
         spent = time.perf_counter() - began
-        progress = min(1.0, max(step / config.steps, spent / config.max_seconds))
-        last = progress == 1 or step >= config.stop_at
-        evaluating = last or step % config.eval_every == 0
+        progress = min(1.0, max(step / run.steps, spent / run.max_seconds))
+        last = progress == 1 or step >= run.stop_at
+        evaluating = last or step % run.eval_every == 0
         if losses and (evaluating or len(losses) == 10):
             history["train_loss"] += torch.stack(losses).tolist()
             for at in range(step - len(losses), step):
                 if not math.isfinite(loss := history["train_loss"][at]):
-                    raise FloatingPointError(f"step {at}: the loss is {loss}; try a lower lr")
+                    raise FloatingPointError(f"step {at}: loss {loss}; try a lower lr")
             losses = []
         if evaluating:
             validate_and_save(model, validate, history, step, **state)
             on_eval(history)
-        recent, newest = history["train_loss"][-50:] or [math.nan], history["val_loss"][-1]
-        mean = sum(recent) / len(recent)
+        recent = history["train_loss"][-50:] or [math.nan]
+        mean, newest = sum(recent) / len(recent), history["val_loss"][-1]
         show(progress, f"step {step:,}  loss {mean:.3f}, validation {newest:.3f}", last)
         if last:
             return history
-        x, y = sample_batch(train_ids, config.block_size or model.max_len, config.batch_size,
-                            generator, starts)
-        losses.append(train_step(learner, optimizer, x, y, get_lr(progress, config.lr),
-                                 precision=config.precision, scaler=scaler))
+        x, y = sample_batch(train_ids, T, run.batch_size, generator, starts)
+        losses.append(train_step(learner, optimizer, x, y, get_lr(progress, run.lr),
+                                 precision=run.precision, scaler=scaler))
         step += 1
 
 def plot_loss(history, floor=None, title="The loss falls"):
-    """Draw a history that `train` returned, single steps pale, their mean over 2 % of the run dark;
-    return the figure. floor: nats per token that no model beats on average, if they are known."""
+    """Draw a history that `train` returned, single steps pale, means of 2 % of the run
+    dark; return the figure. floor: nats per token that no model beats on average."""
     losses = torch.tensor(history["train_loss"] or [math.nan])
-    width = max(1, len(losses) // 50)
+    w = max(1, len(losses) // 50)
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     ax.plot(losses, color="C0", alpha=0.25, linewidth=0.8)
-    ax.plot(range(width - 1, len(losses)), losses.unfold(0, width, 1).mean(1), label="training")
-    ax.plot(history["val_step"], history["val_loss"], "o--", color="C1", label="validation")
+    ax.plot(range(w - 1, len(losses)), losses.unfold(0, w, 1).mean(1), label="training")
+    ax.plot(history["val_step"], history["val_loss"], "C1o--", label="validation")
     if floor is not None:
-        ax.axhline(floor, color="black", linestyle=":", label=f"floor of the text, {floor:.3f}")
+        ax.axhline(floor, color="k", ls=":", label=f"floor of the text, {floor:.3f}")
     ax.set(xlabel="step", ylabel="loss (nats per token)", title=title, ylim=(0, None))
     ax.legend()
     return figure

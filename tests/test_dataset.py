@@ -30,10 +30,10 @@ def test_y_is_x_one_token_later(block_size, n_windows, batch_size, seed, kind):
 def test_too_few_tokens_are_refused_with_the_numbers(n):
     for cut in (lambda: NextTokenDataset(range(n), 4), lambda: sample_batch(torch.arange(n), 4, 2),
                 lambda: sample_batch(torch.arange(n), 4, 2, starts=torch.tensor([0]))):
-        words = f"{n} tokens (it must be 1 to {n - 1}|with [01] starts hold no window of 4)"
+        words = f"{n} tokens( allow 1 to {n - 1}|, [01] starts: no window of 4)$"
         with pytest.raises(ValueError, match=words):
             cut()
-    with pytest.raises(ValueError, match="50 tokens with 0 starts hold no window of 4"):
+    with pytest.raises(ValueError, match="50 tokens, 0 starts: no window of 4"):
         sample_batch(torch.arange(50), 4, 2, starts=torch.arange(0))
 
 
@@ -42,7 +42,7 @@ def test_a_window_outside_or_of_no_token_is_refused():
         with pytest.raises(IndexError, match=rf"{i} .*0\.\.1"):
             NextTokenDataset(range(5), 3)[i]
     for block_size in (0, -3):
-        with pytest.raises(ValueError, match=f"block_size is {block_size}"):
+        with pytest.raises(ValueError, match=f"block_size {block_size}: 5 tokens"):
             NextTokenDataset(range(5), block_size)
 
 

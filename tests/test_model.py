@@ -40,7 +40,7 @@ def test_a_config_or_its_fields_make_the_same_model():
     ("d_model", 18), ("n_heads", 3), ("dropout", 1.0), ("dropout", -0.1)])
 def test_sizes_that_make_no_model(field, value):
     for kind in (GPTConfig, TinyGPT):
-        with pytest.raises(ValueError, match=rf"{field}={value}\b.*divisible by n_heads"):
+        with pytest.raises(ValueError, match=rf"{field}={value}\b.*n_heads divides d_model"):
             kind(**SIZES | {field: value})
 
 
@@ -221,12 +221,12 @@ def test_dropout_is_everywhere_and_while_training_only():
 
 
 @pytest.mark.parametrize(("idx", "message"), [
-    (torch.zeros(1, 13).long(), r"T = 13 passes max_len.*idx\[:, -12:\]"),
-    (torch.zeros(1, 0).long(), r"T > 0.*\(1, 0\)"),
+    (torch.zeros(1, 13).long(), r"T = 13 > max_len.*idx\[:, -12:\]"),
+    (torch.zeros(1, 0).long(), r"T > 0.*\[1, 0\]"),
     (torch.tensor([[0, 11]]), "ids 0 to 11 .*vocabulary, 0..10"),
     (torch.tensor([[5, -1]]), "ids -1 to 5 .*vocabulary, 0..10"),
-    (torch.zeros(3).long(), r"\(B, T\).*\(3,\)"),
-    (torch.zeros(1, 2, 3).long(), r"\(B, T\).*\(1, 2, 3\)"),
+    (torch.zeros(3).long(), r"\(B, T\).*\[3\]"),
+    (torch.zeros(1, 2, 3).long(), r"\(B, T\).*\[1, 2, 3\]"),
     (torch.zeros(1, 3), "integer.*torch.float32"),
     (torch.zeros(1, 3).bool(), "integer.*torch.bool")])
 def test_ids_that_cannot_be_read(idx, message):

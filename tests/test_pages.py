@@ -140,7 +140,7 @@ BROKEN = {
         (code(MARK + "f = 1\n" + MARK), "first line"),
     ],
     "code": [
-        (code("x = 1\ny = '" + "x" * 96 + "'"), "lines [2] have more"), (code(" \n"), "is empty"),
+        (code("x = 1\ny = '" + "x" * 83 + "'"), "lines [2] have more"), (code(" \n"), "is empty"),
         (code(MARK + "x = 1\n" * 60), "61 lines, 60"), (put(1, 3, 3, ONE, ONE), "cell 5 in a row"),
         (code("\n".join("x" * 31)), "31 lines"), (code("def f("), "not Python"),
     ],

@@ -102,8 +102,8 @@ def test_shakespeare_is_fetched_once_and_checked(monkeypatch, tmp_path):
     """A short file stands in for the published one."""
     data, text = b"First Citizen:\r\nSpeak!\n", "First Citizen:\nSpeak!\n"
     published, copy = tmp_path / "published.txt", tmp_path / "new" / "cache" / "tinyshakespeare.txt"
-    monkeypatch.setattr(helpers, "SHAKESPEARE", published.as_uri())
-    monkeypatch.setattr(helpers, "SHAKESPEARE_HASH", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(helpers, "PLAYS", published.as_uri())
+    monkeypatch.setattr(helpers, "PLAYS_HASH", hashlib.sha256(data).hexdigest())
     monkeypatch.setenv("TINYGPT_CACHE", str(copy.parent))
     message = f"{published.as_uri()}.*put the file at"
     for wrong in (None, data[:-1], data + b"more"):  # no network; cut off; changed by somebody
@@ -131,7 +131,7 @@ def test_shakespeare_is_the_published_text(monkeypatch, tmp_path):
         pytest.skip("Tiny Shakespeare is not on this machine; load_corpus('shakespeare') gets it")
     shutil.copy(found[0], tmp_path)
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path))
-    monkeypatch.setattr(helpers, "SHAKESPEARE", (tmp_path / "no network").as_uri())
+    monkeypatch.setattr(helpers, "PLAYS", (tmp_path / "no network").as_uri())
     text = load_corpus("shakespeare")
     assert len(text) == 1_115_394 and text.startswith("First Citizen:\nBefore we proceed")
     assert CharTokenizer(text).vocab_size == 65
