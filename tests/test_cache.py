@@ -45,14 +45,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     cache = KVCache(model, 1)
     model(random_ids(1, 5), cache)
     before = torch.stack(cache.k + cache.v)
-    with pytest.raises(ValueError, match=r"4 tokens after 5 pass max_len = 8"):
+    with pytest.raises(ValueError, match=r"9 tokens pass max_len = 8"):
         model(random_ids(1, 4), cache)
     for idx in (torch.zeros(1, 0).long(), torch.tensor([[9]]), torch.zeros(1, 1)):
         with pytest.raises(ValueError, match="idx must be|ids 9 to 9 do not fit"):
             model(idx, cache)
     assert cache.length == 5 and torch.equal(torch.stack(cache.k + cache.v), before)
     model(random_ids(1, 3), cache)  # just fits
-    with pytest.raises(ValueError, match="1 tokens after 8 pass max_len = 8"):
+    with pytest.raises(ValueError, match="9 tokens pass max_len = 8"):
         model(random_ids(1, 1), cache)
 
 

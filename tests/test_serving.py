@@ -323,7 +323,7 @@ def test_cancel_in_each_state(state):
 
 @pytest.mark.parametrize("name", ["max_batch", "page_size", "n_pages", "chunk_size", "max_queue"])
 def test_an_engine_of_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} 0.*each at least 1"):
+    with pytest.raises(ValueError, match=f"{name}=0.*each must be at least 1"):
         Engine(tiny(), **{name: 0})
 
 
