@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------- page 00: start here
+# -------------------------------------------------------- page 00: start here
 
 def pick_device(name=None):
     """Return the `torch.device` to compute on: `name`, or if None CUDA, MPS (Apple) or
@@ -36,7 +36,7 @@ def pick_device(name=None):
         raise ValueError(f"no device {name!r} here: 'cpu' always, maybe 'cuda', 'mps'")
     return torch.device(name)
 
-# ---------------------------------------------------------------- page 01: text and tokenizer
+# -------------------------------------------------------- page 01: text and tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
 PLAYS = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -69,8 +69,9 @@ def load_corpus(name="tiny"):
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(PLAYS, path, PLAYS_HASH, progress=False)
             except (OSError, RuntimeError) as error:
-                raise ConnectionError(f"could not download {PLAYS} ({error}). Try again"
-                                      f" or put the file at {path}") from error
+                raise ConnectionError(
+                    f"could not download {PLAYS} ({error}). Try again, name another"
+                    f" folder by TINYGPT_CACHE, or put the file at {path}") from error
     if not path.is_file():
         raise FileNotFoundError(f"no text file '{path}'; known: tiny, shakespeare")
     try:
@@ -131,7 +132,7 @@ class CharTokenizer:
 
 TOKENIZERS = {"char": CharTokenizer}  # the kinds that a checkpoint may hold
 
-# ---------------------------------------------------------------- page 02: windows and batches
+# -------------------------------------------------------- page 02: windows and batches
 
 class NextTokenDataset(torch.utils.data.Dataset):
     """Every window of `block_size` tokens, with the next tokens as targets: item i is
@@ -163,7 +164,7 @@ def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
     windows = ids.unfold(0, block_size + 1, 1).index_select(0, at)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
-# ---------------------------------------------------------------- page 03: the model
+# -------------------------------------------------------- page 03: the model
 
 def attention_weights(q, k):
     """Return who looks at whom: softmax(q k^T / sqrt(d_head)), each at its past only.
@@ -304,7 +305,7 @@ class AttentionRecorder:
     def weights(self):
         return torch.stack(self.maps)
 
-# ---------------------------------------------------------------- page 04: training
+# -------------------------------------------------------- page 04: training
 
 def train_one_epoch(model, loader, optimizer, device):
     """Train on each batch of `loader` once; return the mean loss, in nats per token."""
@@ -576,61 +577,60 @@ def plot_loss(history, floor=None, title="The loss falls"):
     ax.legend()
     return figure
 
-# ---------------------------------------------------------------- page 05: generation
+# -------------------------------------------------------- page 05: generation
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """Turn logits `(B, V)` into the probabilities `(B, V)` to sample the next token from.
-    temperature divides the logits; 0 puts all on the largest (greedy). top_k: only the k likeliest
-    stay; top_p: only the fewest likeliest that together reach p (Holtzman et al. 2020)."""
+    """Turn logits `(B, V)` into probabilities `(B, V)` to sample the next token from.
+    temperature divides the logits; 0 puts all on the largest (greedy). top_k: the k
+    likeliest stay; top_p: the fewest that together reach p (Holtzman et al. 2020)."""
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more, and finite")
+        raise ValueError(f"temperature is {temperature}; it must be finite, 0 or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; at least 1 token must stay (None: all)")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1 (None: all)")
-    logits = logits.float()  # before anything else: half precision would round the differences
+        raise ValueError(f"top_p is {top_p}; it must be above 0, at most 1 (None: all)")
+    logits = logits.float()  # first: half precision would round differences
     highest, best = logits.max(-1, keepdim=True)
     if not math.isfinite(highest.abs().max().item()):
-        raise ValueError("the logits are nan or infinite: the weights were spoilt in training")
+        raise ValueError("the logits are nan or infinite: training spoilt the weights")
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)
     logits = (logits - highest) / max(temperature, 1e-30)  # float32 takes less for 0
     if top_k is not None:
-        kept = logits.topk(min(top_k, logits.size(-1))).indices
-        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
+        values, kept = logits.topk(min(top_k, logits.size(-1)))
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, values)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(descending=True, stable=True)
-        beyond = ranked.cumsum(-1) - ranked >= max(top_p, 1e-30)  # those before it reach p already
+        beyond = ranked.cumsum(-1) - ranked >= max(top_p, 1e-30)  # p is reached before
         probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
 def sample(probs, generator=None):
-    """Draw one token from each row of probs `(B, V)`: `(B,)` int64. It is drawn where the generator
-    lives: a seed gives the same random numbers for every device."""
+    """Draw one token from each row of probs `(B, V)`: `(B,)` int64. It is drawn where
+    the generator lives: a seed gives the same random numbers for every device."""
     place = generator.device if generator else probs.device
-    return torch.multinomial(probs.to(place), 1, generator=generator)[:, 0].to(probs.device)
+    return probs.to(place).multinomial(1, generator=generator)[:, 0].to(probs.device)
 
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None,
-             stop_id=None, use_cache=True):
-    """Append `max_new_tokens` tokens to idx `(B, T)`; return `(B, T + max_new_tokens)`. The model,
-    compiled or not, sees the last max_len tokens. temperature, top_k, top_p: see next_token_probs.
-    generator: a torch.Generator, for the same text again. stop_id: a row that has written it is
-    filled up with it. use_cache: each token is read once; past max_len all positions change with
-    each new token, and the window is read anew. ValueError: no prompt, a value out of range."""
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+             generator=None, stop_id=None, use_cache=True):
+    """Append max_new_tokens tokens to idx `(B, T)`: `(B, T + max_new_tokens)`. The
+    model, compiled or not, sees the last max_len. temperature to top_p: see
+    next_token_probs. generator: for the same text again. stop_id: fills a row that has
+    written it. use_cache: read each token once. ValueError: no prompt, a bad value."""
     check_ids(idx.cpu(), model.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
-    n_prompt, idx = idx.size(1), F.pad(idx.long(), (0, max_new_tokens), value=stop_id or 0)
+    T, idx = idx.size(1), F.pad(idx.long(), (0, max_new_tokens), value=stop_id or 0)
     done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     cache, n_read = KVCache(model, len(idx)) if use_cache else None, 0
     with eval_mode(model), torch.inference_mode():
-        for t in range(n_prompt, idx.size(1)):
+        for t in range(T, idx.size(1)):
             if cache is not None and t <= model.max_len:
                 logits = model(idx[:, n_read:t], cache)
                 n_read = t
             else:
-                logits = model(idx[:, max(0, t - model.max_len) : t])
+                logits = model(idx[:, max(0, t - model.max_len) : t])  # positions move
             probs = next_token_probs(logits[:, -1], temperature, top_k, top_p)
             idx[:, t] = sample(probs, generator) if temperature else probs.argmax(-1)
             if stop_id is not None:
@@ -640,38 +640,39 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
                     break
     return idx
 
-def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0, max_chars=180):
-    """Return `n` stories as strings: what the model writes from a line's start to its end.
-    Each begins with `prompt`; one without an end after `max_chars` more tokens is cut there."""
-    generator, [newline] = torch.Generator().manual_seed(seed), tokenizer.encode("\n")
-    idx = torch.tensor([tokenizer.encode("\n" + prompt)] * n, device=model.head.weight.device)
-    idx = generate(model, idx, max_chars, temperature, generator=generator, stop_id=newline)
+def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0,
+                   max_chars=180):
+    """Return `n` stories as strings: what the model writes from a line's start to its
+    end. Each begins with `prompt`; after `max_chars` more tokens it is cut."""
+    dice, [newline] = torch.Generator().manual_seed(seed), tokenizer.encode("\n")
+    start, device = tokenizer.encode("\n" + prompt), model.head.weight.device
+    idx = torch.tensor([start] * n, device=device)
+    idx = generate(model, idx, max_chars, temperature, generator=dice, stop_id=newline)
     return [tokenizer.decode(row.tolist()).strip("\n") for row in idx]
 
-# ---------------------------------------------------------------- page 06: looking inside
+# -------------------------------------------------------- page 06: looking inside
 
 def head_scores(weights, targets):
-    """Return how well each head does a job, `(n_layers, n_heads)`, from 0 to 1: the attention
-    weights `(n_layers, B, n_heads, T, T)` on its targets, a mean over the rows that have any.
-    targets: `(B, T, T)` bool, True where the row's position is to look at the column's."""
+    """Return how well each head does a job, `(n_layers, n_heads)`, from 0 to 1: its
+    weights `(n_layers, B, n_heads, T, T)` on the targets, a mean over rows with any.
+    targets: `(B, T, T)` bool, True where a row's position is to look at a column's."""
     shape = tuple(weights[0, :, 0].shape)
     if targets.dtype != torch.bool or targets.shape != shape or not targets.any():
         raise ValueError(f"targets must be {shape} bool with a True in it, not "
                          f"{tuple(targets.shape)} {targets.dtype} with {targets.sum()}")
-    rows = targets.any(-1)  # (B, T)
-    hits = (weights * targets[:, None]).sum(-1).transpose(1, 2)  # (n_layers, n_heads, B, T)
-    return hits[:, :, rows].mean(-1)
+    hits = (weights * targets[:, None]).sum(-1).transpose(1, 2)  # (layers, heads, B, T)
+    return hits[:, :, targets.any(-1)].mean(-1)
 
 @contextmanager
 @torch.no_grad()
 def ablate(model, heads):
-    """Knock heads out inside a `with` block: nothing that they gather gets through (Michel et al.
-    2019). heads: pairs (layer, head), whose columns of `proj` are zero meanwhile, for all that the
-    model does. It is whole again afterwards. ValueError if it has no such head."""
+    """Knock heads out inside a `with` block: nothing that they gather gets through
+    (Michel et al. 2019). heads: pairs (layer, head); their columns of `proj` are zero.
+    The model is whole again afterwards. ValueError if it has no such head."""
     c, heads = model.config, list(heads)
     for layer, head in heads:
         if not (0 <= layer < c.n_layers and 0 <= head < c.n_heads):
-            raise ValueError(f"there is no head {head} in layer {layer}; both count from 0 in {c}")
+            raise ValueError(f"no head {head} in layer {layer}; counted from 0 in {c}")
     weights = [block.attention.proj.weight for block in model.blocks]  # each (C, C)
     kept, d_head = [weight.clone() for weight in weights], c.d_model // c.n_heads
     try:
@@ -684,10 +685,11 @@ def ablate(model, heads):
 
 @torch.no_grad()
 def logit_lens(model, idx):
-    """Return the logits that each layer would give, `(n_layers + 1, B, T, V)`: entry n reads the
-    residual stream after n blocks. For a model in eval mode. nostalgebraist 2020."""
-    stream, parts = [], [model.dropout, *model.blocks]  # hooks see what each part returns
-    hooks = [part.register_forward_hook(lambda *call: stream.append(call[2])) for part in parts]
+    """Return the logits that each layer would give, `(n_layers + 1, B, T, V)`: n reads
+    the residual stream after n blocks. For a model in eval mode. nostalgebraist 2020"""
+    stream, parts = [], [model.dropout, *model.blocks]  # hooks see what these return
+    hooks = [part.register_forward_hook(lambda part, x, out: stream.append(out))
+             for part in parts]
     try:
         model(idx)
     finally:
@@ -695,28 +697,29 @@ def logit_lens(model, idx):
             hook.remove()
     return model.unembed(torch.stack(stream))
 
-# ---------------------------------------------------------------- page 07: the KV cache
+# -------------------------------------------------------- page 07: the KV cache
 
 class KVCache:
-    """A memory of the keys and values of all that was read so far: model(idx, cache) reads the new
-    tokens, idx `(B, T)`, and gives the last T rows of model(all). k, v: for each layer `(B,
-    n_heads, max_len, d_head)`, of which `length` are in use. ValueError beyond max_len."""
+    """A memory of the keys and values of all that was read: model(idx, cache) reads new
+    tokens, idx `(B, T)`, and gives the last T rows of model(all). k, v: for each layer
+    `(B, n_heads, max_len, d_head)`; `length` are in use. ValueError beyond max_len."""
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
         shape = batch_size, c.n_heads, c.max_len, c.d_model // c.n_heads
-        self.k, self.v = ([weight.new_zeros(shape) for _ in range(c.n_layers)] for _ in range(2))
+        self.k = [weight.new_zeros(shape) for _ in range(c.n_layers)]
+        self.v = [weight.new_zeros(shape) for _ in range(c.n_layers)]
         self.length = torch.zeros(1, dtype=torch.long, device=weight.device)
 
     def place(self, idx):
-        T, max_len = idx.size(1), self.k[0].size(2)
-        self.places, self.end = self.length + torch.arange(T, device=idx.device), max_len
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.end = self.length.item() + T  # what is still empty need not be looked at
+        T, max_len, device = idx.size(1), self.k[0].size(2), idx.device
+        self.places, self.end = self.length + torch.arange(T, device=device), max_len
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            self.end = self.length.item() + T  # no need to look at what is empty
             if self.end > max_len:
-                raise ValueError(f"{T} tokens after {self.end - T} pass max_len = {max_len}")
+                raise ValueError(f"{self.end} tokens pass max_len = {max_len}")
         self.mask = None  # the last token of a text may look at all of it
         if T > 1 or self.end == max_len:
-            future = torch.arange(self.end, device=idx.device) > self.places[:, None]
+            future = torch.arange(self.end, device=device) > self.places[:, None]
             self.mask = self.k[0].new_zeros(future.shape).masked_fill(future, -math.inf)
         self.length += T
         return self.places
@@ -726,23 +729,23 @@ class KVCache:
         v = self.v[layer].index_copy_(2, self.places, v).narrow(2, 0, self.end)
         return F.scaled_dot_product_attention(q, k, v, self.mask)
 
-# ---------------------------------------------------------------- page 08: serving
+# -------------------------------------------------------- page 08: serving
 
 class PagePool:
-    """Memory for keys and values in pages of `page_size` tokens, each with ref_count users. Without
-    any it is free, but a full one is found by its text until it is needed. kv: `(n_layers, n_pages,
-    page_size, 2, n_heads, d_head)`. Kwon et al. 2023 (PagedAttention), section 4."""
+    """Memory for keys and values in pages of page_size tokens. A page without users is
+    free (ref_count 0); a full one is found by its text until it is lent again. Kwon et
+    al. 2023, section 4. kv: `(n_layers, n_pages, page_size, 2, n_heads, d_head)`."""
     def __init__(self, model, n_pages, page_size):
         c, self.page_size = model.config, page_size
         shape = c.n_layers, n_pages, page_size, 2, c.n_heads, c.d_model // c.n_heads
         self.kv = model.head.weight.new_zeros(shape)
         self.ref_count = [0] * n_pages
-        self.free = dict.fromkeys(range(n_pages))  # an ordered set: the longest unused comes first
+        self.free = dict.fromkeys(range(n_pages))  # ordered: the longest free first
         self.known = {}  # the tokens of a text up to the end of a full page -> the page
         self.prefix = {}  # the way back
 
     def allocate(self):
-        """Give the page that has been free the longest to one user; its text is forgotten."""
+        """Lend the page that has been free the longest; forget the text in it."""
         page = next(iter(self.free))
         self.known.pop(self.prefix.pop(page, None), None)
         return self.share(page)
@@ -754,7 +757,7 @@ class PagePool:
         return page
 
     def release(self, pages):
-        """Take one user from each page, the last page first: beginnings stay known the longest."""
+        """Take one user from each page, the last first: a beginning stays known."""
         for page in reversed(pages):
             self.ref_count[page] -= 1
             if self.ref_count[page] == 0:
@@ -767,7 +770,7 @@ class PagePool:
             self.known[prefix], self.prefix[page] = page, prefix
 
     def match_prefix(self, text):
-        """Return the known pages that hold the first tokens of `text`, whole pages only."""
+        """Return the known pages with the first tokens of `text`, whole pages only."""
         pages = []
         for end in range(self.page_size, len(text) + 1, self.page_size):
             if (page := self.known.get(tuple(text[:end]))) is None:
@@ -776,22 +779,22 @@ class PagePool:
         return pages
 
 class PagedBatch:
-    """A memory for pieces of several texts side by side: model(idx, batch), idx `(1, N)`.
-    pieces: (start, n, pages) for each text: where its next n tokens start, and its pages in order.
-    Neighbours with the same n attend together, up to 16, as wide as the longest of them."""
+    """A memory for pieces of texts side by side: model(idx, batch), idx `(1, N)`.
+    pieces: (start, n, pages) of each: where its n new tokens start, its pages in order.
+    Neighbours with the same n attend together, up to 16, as wide as the longest."""
     def __init__(self, pool, pieces):
         size, device = pool.page_size, pool.kv.device
         where = [(at, pages[at // size] * size + at % size)
                  for start, n, pages in pieces for at in range(start, start + n)]
-        places, slots = torch.tensor(where, device=device).T  # (N,): in the text, in the pool
+        places, slots = torch.tensor(where, device=device).T  # (N,): in text, in pool
         self.pool, self.places, self.slots, self.groups = pool, places, slots, []
         for n, alike in groupby(pieces, key=lambda piece: piece[1]):
             alike = list(alike)
             for rows in (alike[i : i + 16] for i in range(0, len(alike), 16)):
                 now, places = places[: n * len(rows)], places[n * len(rows) :]
                 P = max(start + n - 1 for start, n, _ in rows) // size + 1
-                tables = [(pages + P * [0])[:P] for _, _, pages in rows]  # beyond its own: masked
-                future = torch.arange(P * size, device=device) > now.view(len(rows), 1, n, 1)
+                tables = [(pages + P * [0])[:P] for _, _, pages in rows]  # 0: masked
+                future = torch.arange(P * size, device=device) > now.view(-1, 1, n, 1)
                 mask = pool.kv.new_zeros(future.shape).masked_fill(future, -math.inf)
                 self.groups.append((torch.tensor(tables, device=device), mask))
 
@@ -801,11 +804,11 @@ class PagedBatch:
     def attend(self, layer, q, k, v):
         memory = self.pool.kv[layer]  # (n_pages, page_size, 2, H, d)
         memory.flatten(0, 1)[self.slots] = torch.stack([k[0], v[0]]).permute(2, 0, 1, 3)
-        queries = q[0].split([mask.size(0) * mask.size(2) for _, mask in self.groups], dim=1)
+        queries = q[0].split([mask[..., 0].numel() for _, mask in self.groups], dim=1)
         gathered = []
         for q, (tables, mask) in zip(queries, self.groups):
             past = memory.index_select(0, tables.flatten()).unflatten(0, tables.shape)
-            k, v = past.flatten(1, 2).permute(2, 0, 3, 1, 4)  # each (rows, H, P * page_size, d)
+            k, v = past.flatten(1, 2).permute(2, 0, 3, 1, 4)  # (rows, H, P * size, d)
             q = q.unflatten(1, (len(tables), -1)).transpose(0, 1)  # (rows, H, n, d)
             y = F.scaled_dot_product_attention(q, k, v, mask)
             gathered.append(y.transpose(0, 1).flatten(1, 2))
@@ -823,42 +826,42 @@ class Request:
     stop_ids: frozenset
     pages: list = field(default_factory=list)
     n_read: int = 0  # how many tokens have their keys and values in the pages
-    state: str = "queued"  # then prefill, decode, done; or preempted: queued again; cancelled
+    state: str = "queued"  # prefill, decode, done; preempted (queued again), cancelled
 
 class Engine:
-    """Serve many requests with one model; it knows ids, not text. Each step is one forward: a token
-    of every text that is being written and, beside them, at most chunk_size tokens of prompts
-    (Agrawal et al. 2023, SARATHI). Requests join and leave between steps (Yu et al. 2022, Orca), at
-    most max_batch at once. Prompts that begin alike share whole pages. When the n_pages pages of
-    page_size tokens run out, the youngest is preempted: it gives its own back, and is read anew."""
-    def __init__(self, model, max_batch=8, page_size=16, n_pages=64, chunk_size=64, max_queue=1000,
-                 sharing=True):
+    """Serve many requests with one model; it knows ids, not text. A step is one
+    forward: a token of each text being written, at most chunk_size tokens of prompts
+    (Agrawal et al. 2023, SARATHI). Requests come and go between steps (Yu et al. 2022,
+    Orca), at most max_batch at once. Prompts that begin alike share whole pages. If all
+    n_pages of page_size tokens are in use, the youngest is preempted, and read anew."""
+    def __init__(self, model, max_batch=8, page_size=16, n_pages=64, chunk_size=64,
+                 max_queue=1000, sharing=True):
         if min(max_batch, page_size, n_pages, chunk_size, max_queue) < 1:
-            raise ValueError(f"max_batch {max_batch}, page_size {page_size}, n_pages {n_pages}, "
-                             f"chunk_size {chunk_size}, max_queue {max_queue}: each at least 1")
+            raise ValueError(f"{max_batch=}, {page_size=}, {n_pages=}, {chunk_size=}, "
+                             f"{max_queue=}: each must be at least 1")
         self.model, self.pool = model, PagePool(model, n_pages, page_size)
-        self.max_batch, self.chunk_size, self.max_queue = max_batch, chunk_size, max_queue
-        self.sharing, self.next_id, self.version = sharing, 1, None
+        self.max_batch, self.max_queue, self.sharing = max_batch, max_queue, sharing
+        self.chunk_size, self.next_id, self.version = chunk_size, 1, None
         self.queue, self.running = collections.deque(), []  # by age
-        self.counts = dict.fromkeys(["steps", "tokens read", "tokens shared", "preempted", "done",
-                                     "cancelled"], 0)
+        keys = "steps", "tokens read", "tokens shared", "preempted", "done", "cancelled"
+        self.counts = dict.fromkeys(keys, 0)
 
-    def submit(self, prompt_ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-               stop_ids=()):
-        """Queue a request and return its id. It ends after max_new_tokens or with a stop id. In
-        float32 it writes what `generate` does with this seed, whoever else is served, but for near
-        ties. ValueError: never to be served; TypeError: no whole number; RuntimeError: full."""
-        idx, model = [operator.index(i) for i in prompt_ids], self.model
+    def submit(self, prompt_ids, max_new_tokens, temperature=1.0, top_k=None,
+               top_p=None, seed=None, stop_ids=()):
+        """Queue a request, to end after max_new_tokens or a stop id; return its id. In
+        float32 it writes what `generate` does with this seed, but for near ties. Value-
+        or TypeError: it can never be served; RuntimeError: the queue is full."""
+        idx, model, pool = list(map(operator.index, prompt_ids)), self.model, self.pool
         max_new_tokens = operator.index(max_new_tokens)
-        stop_ids = frozenset(operator.index(i) for i in stop_ids)
+        stop_ids = frozenset(map(operator.index, stop_ids))
         check_ids(torch.tensor([idx], dtype=torch.long), model.vocab_size)
         next_token_probs(torch.zeros(1, model.vocab_size), temperature, top_k, top_p)
-        room = min(len(self.pool.ref_count) * self.pool.page_size, model.max_len) - len(idx) + 1
-        if not 1 <= max_new_tokens <= room:  # one more than there are places: the last is not read
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more, and a "
-                             f"prompt of {len(idx)} leaves room for {max(0, room)}")
+        room = min(len(pool.ref_count) * pool.page_size, model.max_len) - len(idx) + 1
+        if not 1 <= max_new_tokens <= room:  # + 1: the last token needs no place
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: must be 1 or more; "
+                             f"a prompt of {len(idx)} leaves room for {max(0, room)}")
         if len(self.queue) >= self.max_queue:
-            raise RuntimeError(f"the queue is full: {len(self.queue)} requests wait; try later")
+            raise RuntimeError(f"the queue is full: {len(self.queue)} requests wait")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         self.queue.append(Request(self.next_id, idx, len(idx), max_new_tokens,
@@ -867,15 +870,15 @@ class Engine:
         return self.queue[-1].id
 
     def cancel(self, request_id):
-        """End a request now and return the ids it has written; ValueError if it is not there."""
+        """End a request; return what it has written. ValueError if it is not here."""
         for request in [*self.queue, *self.running]:
             if request.id == request_id:
                 self.leave(request, "cancelled")
                 return request.idx[request.n_prompt :]
-        raise ValueError(f"request {request_id} neither waits nor runs: it is unknown or done")
+        raise ValueError(f"request {request_id} neither waits nor runs")
 
     def leave(self, request, state):
-        """Take a request out; its pages are free. One preempted is again the first in the queue."""
+        """Take a request out and release its pages. A preempted one is next again."""
         (self.running if request in self.running else self.queue).remove(request)
         self.pool.release(request.pages)
         self.counts[state] += 1
@@ -884,25 +887,24 @@ class Engine:
             self.queue.appendleft(request)
 
     def admit(self):
-        """Move requests from the queue into the batch while there are seats and pages for them,
-        beside what the rest of the running prompts, and a page more for each, will take."""
-        pool, size = self.pool, self.pool.page_size
-        while self.queue and len(self.running) < self.max_batch:
+        """Let requests in while seats and pages last, with a reserve for those in."""
+        pool, size, running = self.pool, self.pool.page_size, self.running
+        while self.queue and len(running) < self.max_batch:
             request = self.queue[0]
-            known = pool.match_prefix(request.idx[:-1])  # the last is read, for its logits
-            in_use = sum(pool.ref_count[page] > 0 for page in known)  # these cost nothing
+            known = pool.match_prefix(request.idx[:-1])  # the last must be read
+            in_use = sum(pool.ref_count[page] > 0 for page in known)  # cost nothing
             needed = math.ceil(len(request.idx) / size) - in_use
-            promised = sum(math.ceil(len(r.idx) / size) + 1 - len(r.pages) for r in self.running)
-            if needed + promised > len(pool.free):
+            kept = sum(math.ceil(len(r.idx) / size) + 1 - len(r.pages) for r in running)
+            if needed + kept > len(pool.free):
                 break
-            self.running.append(self.queue.popleft())
-            request.pages, request.state = [pool.share(page) for page in known], "prefill"
+            running.append(self.queue.popleft())
+            request.pages, request.state = [pool.share(p) for p in known], "prefill"
             request.n_read = len(known) * size
             self.counts["tokens shared"] += request.n_read
 
-    def allocate(self, request, n):
-        """Give a request pages for its next n tokens; False if it was the youngest, preempted."""
-        missing = math.ceil((request.n_read + n) / self.pool.page_size) - len(request.pages)
+    def allocate(self, request, end):
+        """Give a request pages up to token `end`; False if it had to be preempted."""
+        missing = math.ceil(end / self.pool.page_size) - len(request.pages)
         while missing > len(self.pool.free):
             self.leave(youngest := self.running[-1], "preempted")
             if youngest is request:
@@ -918,51 +920,50 @@ class Engine:
                 break
             todo = len(request.idx) - request.n_read
             n = 1 if todo == 1 else min(todo, budget)
-            if n and self.allocate(request, n):
+            if n and self.allocate(request, request.n_read + n):
                 plan.append((n, request))
                 budget -= n if todo > 1 else 0
         return sorted(plan, key=lambda job: (job[0], job[1].n_read))
 
     @torch.inference_mode()
     def read(self, plan):
-        """Read what is planned in one forward; return the logits `(len(plan), V)` at its ends."""
+        """Read the plan in one forward; return its ends' logits `(len(plan), V)`."""
+        pool, size, device = self.pool, self.pool.page_size, self.pool.kv.device
         idx = [i for n, r in plan for i in r.idx[r.n_read : r.n_read + n]]
-        batch = PagedBatch(self.pool, [(r.n_read, n, r.pages) for n, r in plan])
+        batch = PagedBatch(pool, [(r.n_read, n, r.pages) for n, r in plan])
         ends = torch.tensor([n for n, _ in plan]).cumsum(0) - 1
         with eval_mode(self.model):
-            logits = self.model(torch.tensor([idx], device=self.pool.kv.device), batch)[0, ends]
+            logits = self.model(torch.tensor([idx], device=device), batch)[0, ends]
         self.counts["tokens read"] += len(idx)
-        for n, request in plan:
-            full, request.n_read = request.n_read // self.pool.page_size, request.n_read + n
-            for i in range(full, request.n_read // self.pool.page_size if self.sharing else 0):
-                self.pool.remember(request.pages[i], request.idx[: (i + 1) * self.pool.page_size])
+        for n, r in plan:
+            full, r.n_read = r.n_read // size, r.n_read + n
+            for i in range(full, r.n_read // size if self.sharing else 0):
+                pool.remember(r.pages[i], r.idx[: (i + 1) * size])
         return logits
 
     def write(self, requests, logits):
-        """Sample each request's next token, end those that are done: [(request id, token), ...]."""
+        """Sample next tokens, end who is done; return [(request id, token), ...]."""
         written = []
-        for sampling in dict.fromkeys(request.sampling for request in requests):
-            alike = [row for row, request in enumerate(requests) if request.sampling == sampling]
+        for sampling in dict.fromkeys(r.sampling for r in requests):
+            alike = [row for row, r in enumerate(requests) if r.sampling == sampling]
             probs = next_token_probs(logits[alike], *sampling).cpu()
-            if sampling[0] > 0:  # the largest of p / e, e exponential: torch.multinomial's own way
+            if sampling[0] > 0:  # the largest p / time, as torch.multinomial does
                 probs = probs / torch.stack([torch.empty(probs.size(1)).exponential_(
                     generator=requests[row].generator) for row in alike])
             written += zip([requests[row] for row in alike], probs.argmax(-1).tolist())
-        for request, token in written:
-            request.idx.append(token)
-            request.state = "decode"
-            n_new = len(request.idx) - request.n_prompt
-            if n_new == request.max_new_tokens or token in request.stop_ids:
-                self.leave(request, "done")
-        return [(request.id, token) for request, token in written]
+        for r, token in written:
+            r.idx.append(token)
+            r.state = "decode"
+            if len(r.idx) - r.n_prompt == r.max_new_tokens or token in r.stop_ids:
+                self.leave(r, "done")
+        return [(r.id, token) for r, token in written]
 
     def step(self):
-        """Admit, schedule, read, write: return the new tokens, [(request id, token), ...].
-        Were the weights changed in place, all that was read with the old ones is thrown away."""
+        """Admit, schedule, read, write; return what is new, [(request id, token), ...].
+        If weights were changed in place, what was read with the old ones is dropped."""
         version = sum(weight._version for weight in self.model.parameters())
         if version != self.version:
-            self.version = version
-            self.pool.known, self.pool.prefix = {}, {}
+            self.version, self.pool.known, self.pool.prefix = version, {}, {}
             while self.running:
                 self.leave(self.running[-1], "preempted")
         self.admit()
@@ -974,12 +975,12 @@ class Engine:
         return self.write([plan[row][1] for row in ready], logits[ready])
 
     def stream(self):
-        """Yield (request id, token) as tokens are written, until all requests are done."""
+        """Yield each (request id, token) as it is written, until all are done."""
         while self.queue or self.running:
             yield from self.step()
 
     def run(self):
-        """Serve until all is done; return {request id: new ids} of all that were waiting."""
+        """Serve until all are done; return {request id: new ids} of those in now."""
         requests = [*self.running, *self.queue]
         list(self.stream())
         return {request.id: request.idx[request.n_prompt :] for request in requests}

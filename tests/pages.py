@@ -218,7 +218,7 @@ def module_text(folder=NOTEBOOKS):
                         raise SystemExit(page.at(i, f"{name} is defined again; {homes[name]}"))
                     homes[name] = page.at(i, "here first")
         key, last = page.name.split("_")[0], False
-        section = f"# {'-' * 64} page {key}: {TITLES.get(key, page.name)}"
+        section = f"# {'-' * 56} page {key}: {TITLES.get(key, page.name)}"
         for text, assigned in parts.values():
             section, last = section + ("\n" if last and assigned else "\n\n") + text, assigned
         sections += [section] if parts else []

@@ -25,19 +25,16 @@ The next cell lets this page find the rest of the course. Where you opened the p
 Colab, it fetches the course first. That needs the network: on Kaggle, switch *Internet* on in the
 settings."""
 SETUP = """\
-import contextlib, glob, os, shutil, sys, urllib.request
-
+import glob, os, subprocess, sys, tempfile
 COURSE = os.environ.get("TINYGPT_COURSE", "{address}")
 here = [p for p in (".", "..", "tinygpt") if os.path.isfile(f"{{p}}/tinygpt_helpers.py")]
-if not here:  # this page is alone: fetch the course, once, with git or else as a ZIP
-    shutil.rmtree("part", ignore_errors=True)  # of an attempt that was interrupted
-    git = "git clone -q -c advice.detachedHead=false --depth=1 -b {ref}"
-    if os.system(f'{{git}} "{{COURSE}}" part/course'):
-        with contextlib.suppress(OSError, ValueError):
-            file, _ = urllib.request.urlretrieve(f"{{COURSE}}/archive/{ref}.zip")
-            shutil.unpack_archive(file, "part", "zip")
-    assert glob.glob("part/*"), "No network? Go online, or download the whole course."
-    os.renames(*glob.glob("part/*"), "tinygpt")
+if not here:  # this page is alone: fetch the course, once, with git or else without it
+    part = tempfile.TemporaryDirectory(dir=os.getcwd())  # all of it, or nothing
+    git = f'git clone -q --depth=1 -b {ref} "{{COURSE}}" "{{part.name}}/course"'
+    tar = f'curl -sfL "{{COURSE}}/archive/{ref}.tar.gz" | tar -xzC "{{part.name}}"'
+    done = subprocess.run(f"{{git}} || {{tar}}", shell=True, capture_output=True)
+    assert done.returncode == 0, "No network? Go online, or download the whole course."
+    os.rename(glob.glob(f"{{part.name}}/*")[0], "tinygpt")
 os.chdir((here or ["tinygpt"])[0] + "/notebooks")
 sys.path.insert(0, os.path.abspath(".."))  # tinygpt_helpers.py is there"""
 

@@ -14,7 +14,7 @@ COURSE = {
                "class Box(Box):  # goes on\n    # twice\n    def twice(self):\n        return 4"],
     "09_none": [], "10_late": ["N = 1"],
 }  # fmt: skip
-HEAD = "# " + "-" * 64
+HEAD = "# " + "-" * 56
 TEXT = "\n\n".join([  # one blank line between definitions
     f'{pages.HEADER}\n\n{COURSE["00_way"][0]}\n\n{HEAD} page 00: start here\n\nHERE = Path(".")',
     f"{HEAD} page 01: text and tokenizer\n\n# Why 4: it is small.\nSIZE = 4  # rows\nTWICE = 8",
