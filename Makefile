@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # Written when the build is complete: an interrupted build leaves no stamp and is begun anew.
 STAMP := $(VENV)/.built
 
-.PHONY: help lab train test html bench module pages check lint corpus model picture publish clean
+.PHONY: help lab train test html bench module pages check lint colab-like corpus model picture publish clean
 help:
 	@echo "make lab      open the pages in JupyterLab"
 	@echo "make train    train and sample at the command line (ARGS=--help lists the options)"
@@ -17,6 +17,7 @@ help:
 	@echo "make pages    run every page anew and save it with its outputs (PAGES=\"01 02\": only these)"
 	@echo "make check    is the course in order? its rules and its tools' tests (PAGES=...: only their rules)"
 	@echo "make lint     look for mistakes in the code"
+	@echo "make colab-like  run every page with Colab's versions, alone in an empty folder (PAGES=...)"
 	@echo "make corpus   write data/tiny_corpus.txt anew"
 	@echo "make model    train data/tiny_model.pt anew (about a quarter of an hour)"
 	@echo "make picture  draw the README's picture anew"
@@ -67,6 +68,10 @@ check: $(STAMP)
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 
+# With an environment of its own, which the program builds.
+colab-like:
+	"$(PYTHON)" tests/colab_like.py $(PAGES)
+
 corpus: $(STAMP)
 	$(RUN) data/make_tiny_corpus.py
 
@@ -82,6 +87,6 @@ publish: $(STAMP)
 	$(RUN) tests/publish.py $(if $(filter undefined,$(origin REPO)),,--repo="$(REPO)") --ref="$(or $(REF),main)"
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis pages-out
+	rm -rf $(VENV) .venv-colab .pytest_cache .ruff_cache .hypothesis pages-out
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -133,8 +133,8 @@ def test_a_build_is_begun_anew_if_it_was_interrupted_or_the_versions_are_new(mak
     assert "-r requirements.txt" in make("test")[2]
 
 
-MADE_BY_TOOLS = {".git", ".venv", "__pycache__", ".ipynb_checkpoints", ".pytest_cache",
-                 ".ruff_cache", ".hypothesis"}
+MADE_BY_TOOLS = {".git", ".venv", ".venv-colab", "__pycache__", ".ipynb_checkpoints",
+                 ".pytest_cache", ".ruff_cache", ".hypothesis"}
 # Written so that this file does not find itself: paths of one machine, hosts of registries.
 PLACES = re.compile(r"/(?:root|work|opt)/|/home/\w|/Users/\w|\b[A-Z]:\\+Users\b|pypi\.org|"
                     r"pythonhosted\.org|download\.pytorch\.org|anaconda\.(?:org|com)|"
