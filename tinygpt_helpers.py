@@ -277,10 +277,10 @@ class TinyGPT(nn.Module):
 
     def forward(self, idx, memory=None):
         check_ids(idx, self.vocab_size)
-        T = idx.size(1)
+        T, here = idx.size(1), torch.arange(idx.size(1), device=idx.device)
         if memory is None and T > self.max_len:
             raise ValueError(f"T = {T} > max_len: crop to idx[:, -{self.max_len}:]")
-        places = memory.place(idx) if memory else torch.arange(T, device=idx.device)
+        places = here if memory is None else memory.place(idx)
         x = self.dropout(self.tokens(idx) + self.positions(places))  # (B, T, C)
         for block in self.blocks:
             x = block(x, memory)
@@ -418,14 +418,15 @@ def progress_line(first=0.0):
 def save_checkpoint(path, model, optimizer=None, step=0, tokenizer=None, generator=None,
                     history=None, scaler=None, seed=None):
     """Write all that a run needs to go on. generator: the one of the batches."""
-    buffer, on_gpu = io.BytesIO(), model.head.weight.is_cuda
+    buffer, device = io.BytesIO(), model.head.weight.device
+    gpu = None if device.type == "cpu" else torch.get_device_module(device)
     torch.save({
         "format": "tinygpt-2", "config": asdict(model.config), "history": history,
         "model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict(),
         "scaler": scaler and scaler.state_dict(), "step": step, "seed": seed,
         "tokenizer": tokenizer and tokenizer.state,
         "rng": {"torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+                "gpu": gpu and gpu.get_rng_state(device),
                 "batches": generator and generator.get_state()},
     }, buffer)
     write_atomically(path, buffer.getvalue())
@@ -475,11 +476,12 @@ def resume_run(state, model, optimizer, generator, scaler, seed):
                     raise ValueError("its optimiser's states do not fit its weights")
         scaler.load_state_dict(state["scaler"])
         generator.set_state(state["rng"]["batches"])
-        torch.set_rng_state(state["rng"]["torch"])  # dropout draws from this one
-        if state["rng"]["cuda"] is not None and next(model.parameters()).is_cuda:
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        torch.set_rng_state(state["rng"]["torch"])  # dropout draws here or on the GPU
+        if (kept := state["rng"]["gpu"]) is not None:
+            device = generator.device  # torch.cuda and torch.mps have the same functions
+            torch.get_device_module(device).set_rng_state(kept, device)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the run cannot go on, it is damaged: {error!r}") from None
+        raise ValueError(f"the run is damaged, or another device's: {error!r}") from None
     return {name: list(values) for name, values in state["history"].items()}
 
 def validate_and_save(model, validate, history, step, out=None, **rest):
@@ -534,6 +536,8 @@ def train(model, train_ids, val_ids, starts=None, validate=None, out=None,
         history = resume_run(resume, model, optimizer, generator, scaler, run.seed)
     state = dict(out=out, optimizer=optimizer, tokenizer=tokenizer, generator=generator,
                  scaler=scaler, seed=run.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, for what stays in float32
     mode = "max-autotune-no-cudagraphs"
     learner = torch.compile(model, mode=mode) if run.compile else model
     step, losses = len(history["train_loss"]), []  # losses: still on the device
