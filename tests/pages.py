@@ -30,6 +30,8 @@ METADATA = {
                       "file_extension": ".py", "mimetype": "text/x-python",
                       "nbconvert_exporter": "python", "pygments_lexer": "ipython3"},
 }
+# These train for long enough: for them, Colab starts a machine with a GPU.
+GPU_PAGES = {name: {"accelerator": "GPU", "colab": {"gpuType": "T4"}} for name in ("00", "04")}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_NOTE = "[interactive control: run this cell to use it]"  # what the saved page has instead
 # A place on one machine. `/tmp/ipykernel_…` is what a warning or a traceback shows.
@@ -63,7 +65,8 @@ def write(path, text):
 
 def save(nb, path):
     """Write the notebook without what differs between machines: sources, ids, tags, outputs."""
-    nb.metadata, nb.nbformat, nb.nbformat_minor = nbformat.from_dict(METADATA), 4, 5
+    metadata = METADATA | GPU_PAGES.get(path.name[:2], {})
+    nb.metadata, nb.nbformat, nb.nbformat_minor = nbformat.from_dict(metadata), 4, 5
     for i, cell in enumerate(nb.cells):
         for key in set(cell.metadata) - {"tags"}:
             del cell.metadata[key]
@@ -281,7 +284,8 @@ def rule_format(page):
         nbformat.validate(copy.deepcopy(nb))
     except nbformat.ValidationError as error:
         yield None, f"not a valid notebook: {str(error).splitlines()[0]}"
-    if wrong := {k for k in {*nb.metadata, *METADATA} if nb.metadata.get(k) != METADATA.get(k)}:
+    right = METADATA | GPU_PAGES.get(page.name[:2], {})
+    if wrong := {k for k in {*nb.metadata, *right} if nb.metadata.get(k) != right.get(k)}:
         yield None, f"metadata of this machine: {sorted(wrong)}; run the page"
     ids = [cell.get("id") for cell in page.cells]
     for i, cell in enumerate(page.cells):

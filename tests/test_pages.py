@@ -120,6 +120,8 @@ BROKEN = {
         (cell(1, 3, metadata={"execution": {"iopub.execute_input": ""}}), "['execution']"),
         (put(1, 3, 3, new_markdown_cell("x" * 1_500_000)), "draw smaller figures"),
         (lambda nbs: nbs[1].metadata.update(widgets={}), "['widgets']"),
+        (lambda nbs: nbs[0].metadata.pop("accelerator"), "['accelerator']"),  # it gains from a GPU
+        (lambda nbs: nbs[1].metadata.update(accelerator="GPU"), "['accelerator']"),
         (lambda nbs: nbs[1].update(nbformat_minor=4), "4.5"), (cell(1, 3, extra=1), "not a valid"),
         (lambda nbs: nbs[1].cells[3].pop("id"), "has no id"), (cell(1, 3, id="c1"), "another"),
     ],
