@@ -478,10 +478,10 @@ def resume_run(state, model, optimizer, generator, scaler, seed):
         generator.set_state(state["rng"]["batches"])
         torch.set_rng_state(state["rng"]["torch"])  # dropout draws here or on the GPU
         if (kept := state["rng"]["gpu"]) is not None:
-            device = generator.device  # torch.cuda and torch.mps have the same functions
+            device = generator.device  # torch.cuda's functions, or torch.mps's
             torch.get_device_module(device).set_rng_state(kept, device)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the run is damaged, or another device's: {error!r}") from None
+        raise ValueError(f"the run is damaged, or not from here: {error!r}") from None
     return {name: list(values) for name, values in state["history"].items()}
 
 def validate_and_save(model, validate, history, step, out=None, **rest):

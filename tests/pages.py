@@ -70,7 +70,9 @@ def save(nb, path):
     for i, cell in enumerate(nb.cells):
         for key in set(cell.metadata) - {"tags"}:
             del cell.metadata[key]
-        for output in cell.get("outputs", []):
+        for output in list(cell.get("outputs", [])):
+            if "application/javascript" in output.get("data", {}):  # it draws nothing
+                cell.outputs.remove(output)
             if WIDGET_VIEW in output.get("data", {}):  # an empty box on every static viewer
                 output.update(data={"text/plain": WIDGET_NOTE}, metadata={})
             if "image/png" in output.get("data", {}) and (words := caption(nb.cells, i)):

@@ -81,6 +81,7 @@ def server(tmp_path_factory):
     shutil.copytree(ROOT / "data", course / "data", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "tinygpt_helpers.py", course)
     (course / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "slider_names.js", course / "notebooks")
     for name, controls in CONTROLS.items():
         nb = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
         slow = rf"\b({controls.get('slow', '(?!)')})\b"
@@ -161,6 +162,8 @@ def test_every_cell_runs_and_every_control_has_its_label(page):
     for kind in ("slider", "text", "dropdown"):
         labels = page.panel.locator(f".widget-{kind} .widget-label").all_inner_texts()
         assert labels == page.has.get(kind, [])
+    for handle, label in zip(page.panel.get_by_role("slider").all(), page.has.get("slider", [])):
+        assert handle.get_attribute("aria-label") == label  # what a screen reader says
 
 
 def test_every_control_draws_anew(page, tab):
