@@ -111,7 +111,7 @@ def test_ablate_refuses_a_head_that_is_not_there(model, bad):
 def test_the_lens_after_n_blocks_is_a_model_of_n_blocks(model):
     lens, blocks = logit_lens(model, IDX), model.blocks
     assert lens.shape == (LAYERS + 1, 4, T, V) and not lens.requires_grad
-    with pytest.raises(ValueError, match="do not fit the vocabulary"):  # what the model refuses
+    with pytest.raises(ValueError, match="do not fit a vocabulary"):  # what the model refuses
         logit_lens(model, IDX + V)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())  # left behind
     for n in range(LAYERS + 1):
