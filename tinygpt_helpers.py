@@ -625,11 +625,11 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     check_ids(idx.cpu(), model.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
-    T, idx = idx.size(1), F.pad(idx.long(), (0, max_new_tokens), value=stop_id or 0)
-    done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-    cache, n_read = KVCache(model, len(idx)) if use_cache else None, 0
+    idx = F.pad(idx.long(), (0, max_new_tokens), value=stop_id or 0)
+    done, n_read = idx.new_zeros(len(idx), dtype=torch.bool), 0
+    cache = KVCache(model, len(idx)) if use_cache else None
     with eval_mode(model), torch.inference_mode():
-        for t in range(T, idx.size(1)):
+        for t in range(idx.size(1) - max_new_tokens, idx.size(1)):
             if cache is not None and t <= model.max_len:
                 logits = model(idx[:, n_read:t], cache)
                 n_read = t
@@ -648,10 +648,10 @@ def sample_stories(model, tokenizer, n, prompt="", temperature=1.0, seed=0,
                    max_chars=180):
     """Return `n` stories as strings: what the model writes from a line's start to its
     end. Each begins with `prompt`; after `max_chars` more tokens it is cut."""
-    dice, [newline] = torch.Generator().manual_seed(seed), tokenizer.encode("\n")
-    start, device = tokenizer.encode("\n" + prompt), model.head.weight.device
-    idx = torch.tensor([start] * n, device=device)
-    idx = generate(model, idx, max_chars, temperature, generator=dice, stop_id=newline)
+    [newline] = tokenizer.encode("\n")
+    start = torch.tensor(tokenizer.encode("\n" + prompt)).to(model.head.weight.device)
+    idx = generate(model, start.expand(n, -1), max_chars, temperature, stop_id=newline,
+                   generator=torch.Generator().manual_seed(seed))
     return [tokenizer.decode(row.tolist()).strip("\n") for row in idx]
 
 # -------------------------------------------------------- page 06: looking inside
@@ -706,7 +706,7 @@ def logit_lens(model, idx):
 class KVCache:
     """A memory of the keys and values of all that was read: model(idx, cache) reads new
     tokens, idx `(B, T)`, and gives the last T rows of model(all). k, v: for each layer
-    `(B, n_heads, max_len, d_head)`; `length` are in use. ValueError beyond max_len."""
+    `(B, n_heads, max_len, d_head)`, `length` in use. On a CPU: ValueError if full."""
     def __init__(self, model, batch_size):
         c, weight = model.config, model.head.weight
         shape = batch_size, c.n_heads, c.max_len, c.d_model // c.n_heads
