@@ -102,9 +102,9 @@ class CharTokenizer:
 
     def encode(self, s):
         if bad := [ch for ch in s if ch not in self.stoi]:
-            at, V, known = s.index(bad[0]), self.vocab_size, "".join(self.stoi)
-            raise ValueError(f"character {bad[0]!r} (position {at}) is not in the "
-                             f"vocabulary of {V}; known: {known!r}")
+            place, known = s.index(bad[0]), "".join(self.stoi)
+            raise ValueError(f"character {bad[0]!r} (position {place}) is not in the "
+                             f"vocabulary of {len(known)}; known: {known!r}")
         return [self.stoi[ch] for ch in s]
 
     def decode(self, ids):
@@ -138,8 +138,8 @@ class NextTokenDataset(torch.utils.data.Dataset):
     """Every window of `block_size` tokens, with the next tokens as targets: item i is
     `(x, y)`, both `(block_size,)` int64, from i and i + 1 on. ValueError: none fits."""
     def __init__(self, ids, block_size):
-        self.ids, self.block_size = torch.as_tensor(ids, dtype=torch.long), block_size
-        n = len(self.ids)
+        self.ids = torch.as_tensor(ids, dtype=torch.long)
+        self.block_size, n = block_size, len(self.ids)
         if not 1 <= block_size < n:  # the last token is a target only
             raise ValueError(f"block_size {block_size}: {n} tokens allow 1 to {n - 1}")
 
@@ -159,9 +159,9 @@ def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
     k = max(0, len(ids) - block_size) if starts is None else len(starts)
     if k < 1 or len(ids) < block_size + 1:
         raise ValueError(f"{len(ids)} tokens, {k} starts: no window of {block_size}")
-    at = torch.randint(k, (batch_size,), generator=generator, device=ids.device)
-    at = at if starts is None else starts[at]
-    windows = ids.unfold(0, block_size + 1, 1).index_select(0, at)  # (B, T + 1)
+    rows = torch.randint(k, (batch_size,), generator=generator, device=ids.device)
+    rows = rows if starts is None else starts[rows]
+    windows = ids.unfold(0, block_size + 1, 1).index_select(0, rows)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 # -------------------------------------------------------- page 03: the model
@@ -169,9 +169,8 @@ def sample_batch(ids, block_size, batch_size, generator=None, starts=None):
 def attention_weights(q, k):
     """Return who looks at whom: softmax(q k^T / sqrt(d_head)), each at its past only.
     q, k: `(..., T, d_head)` -> `(..., T, T)`, rows sum to 1 (Vaswani et al. 2017)."""
-    T = q.size(-2)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
 
 @dataclass
@@ -199,9 +198,9 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x, memory=None):
-        (B, T, C), H = x.shape, self.n_heads
-        heads = self.qkv(x).view(B, T, 3 * H, C // H).transpose(1, 2)
-        q, k, v = heads.split(H, dim=1)  # each (B, n_heads, T, d_head)
+        B, T, C = x.shape  # q, k and v become (B, n_heads, T, d_head) each
+        heads = self.qkv(x).view(B, T, 3 * self.n_heads, C // self.n_heads)
+        q, k, v = heads.transpose(1, 2).split(self.n_heads, dim=1)
         p = self.dropout if self.training else 0.0
         if memory is None:
             q, k, v = (t.type_as(x) if x.is_cpu else t for t in (q, k, v))  # page 04
@@ -277,9 +276,10 @@ class TinyGPT(nn.Module):
 
     def forward(self, idx, memory=None):
         check_ids(idx, self.vocab_size)
-        T, here = idx.size(1), torch.arange(idx.size(1), device=idx.device)
+        T = idx.size(1)
         if memory is None and T > self.max_len:
             raise ValueError(f"T = {T} > max_len: crop to idx[:, -{self.max_len}:]")
+        here = torch.arange(T, device=idx.device)
         places = here if memory is None else memory.place(idx)
         x = self.dropout(self.tokens(idx) + self.positions(places))  # (B, T, C)
         for block in self.blocks:
@@ -556,8 +556,8 @@ def train(model, train_ids, val_ids, starts=None, validate=None, out=None,
         if evaluating:
             validate_and_save(model, validate, history, step, **state)
             on_eval(history)
-        recent = history["train_loss"][-50:] or [math.nan]
-        mean, newest = sum(recent) / len(recent), history["val_loss"][-1]
+        mean = torch.tensor(history["train_loss"][-50:]).mean()  # nan before the first
+        newest = history["val_loss"][-1]
         show(progress, f"step {step:,}  loss {mean:.3f}, validation {newest:.3f}", last)
         if last:
             return history
