@@ -24,11 +24,11 @@ for name, default, what in [
         ("steps", 6000, "batches to learn from"), ("batch_size", 16, "windows in a batch"),
         ("max_seconds", math.inf, "end after so many seconds"), ("lr", 7e-3, "highest rate"),
         ("eval_every", 500, "steps from save to save"), ("max_len", 128, "tokens in a window"),
-        ("val_tokens", 200_000, "judge by so many, 0: all"), ("d_model", 96, "width of the model"),
+        ("val_tokens", 200_000, "judge by so many, <1: all"), ("d_model", 96, "width of the model"),
         ("n_heads", 3, "heads"), ("n_layers", 2, "blocks"), ("dropout", 0.0, "share set to zero"),
         ("seed", 0, "of weights and batches"), ("stop_at", math.inf, "pause before this step")]:
-    parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default,
-                        help=f"{what} ({default})")
+    parser.add_argument("--" + name.replace("_", "-"), default=default, help=f"{what} ({default})",
+                        type=int if name == "stop_at" else type(default))
 
 def new_folder(out, run):
     for folder in [out] if out else [run, *(Path(f"{run}-{n}") for n in range(2, 10_000))]:

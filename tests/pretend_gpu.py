@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -27,11 +28,14 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.de
 now = {"rng": torch.Generator().get_state(), "meta is cuda": False}
 is_composite = functools.cache(torch._C._dispatch_has_kernel_for_dispatch_key)
 generators = {}  # the pretended ones by address: operations get another Python object
+# Of what CUDA's autocast computes with few digits, and with all, what a model uses.
+FEW = {F.linear, F.scaled_dot_product_attention, torch.Tensor.matmul, torch.Tensor.__matmul__}
+ALL = {F.cross_entropy, F.layer_norm, torch.Tensor.softmax}
 
 
 class GPUTensor(torch.Tensor):
     """A tensor of the pretended device. To PyTorch's C++ it is on "meta", which needs no driver,
-    but with CUDA's dispatch keys, so that autocast and autograd take their way for CUDA."""
+    but with CUDA's dispatch keys, so that autograd takes its way for CUDA."""
     @staticmethod
     def __new__(cls, held):
         with torch.inference_mode(held.is_inference()):  # a view of a normal tensor is normal
@@ -43,10 +47,6 @@ class GPUTensor(torch.Tensor):
     device, is_cuda, is_cpu, is_meta = (
         property(lambda self, value=value: value) for value in (CUDA, True, False, False))
     __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return compute(func, args, kwargs or {})
 
     def __reduce_ex__(self, protocol):
         return (torch._utils._rebuild_device_tensor_from_cpu_tensor,  # it minds map_location
@@ -163,6 +163,9 @@ class Calls(TorchFunctionMode):
             args[1] = tuple(torch.tensor(i, dtype=None if i else torch.long)
                             if isinstance(i, list) else i for i in index)
         kwargs = {name: number(value) for name, value in kwargs.items()}
+        if func in FEW | ALL and torch.is_autocast_enabled("cuda"):  # C++ does it by the device
+            dtype = torch.get_autocast_dtype("cuda") if func in FEW else torch.float32
+            args = [a.to(dtype) if is_gpu(a) and a.is_floating_point() else a for a in args]
         if func is torch.tensor and isinstance(args[0], list):  # of the device's numbers
             args = tree_map_only(GPUTensor, lambda t: t.held, args)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == CUDA:

@@ -6,7 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import nbformat
 import pages
@@ -14,6 +17,7 @@ import publish
 import pytest
 import yaml
 
+pytestmark = pytest.mark.author
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "02_dataset.ipynb"
 MODULE = f"{pages.MODULE}.py"
@@ -68,6 +72,7 @@ def set_up(folder, address=None, times=1, path=None):
     the module it would import), or the last line of what it says where it fails."""
     env = {k: v for k, v in os.environ.items() if k not in ("TINYGPT_COURSE", "PYTHONPATH")}
     env |= {k: str(v) for k, v in {"TINYGPT_COURSE": address, "PATH": path}.items() if v}
+    env["TMPDIR"] = "/dev/shm"  # on another disk, where there is one: nothing is renamed across
     done = subprocess.run([sys.executable, "-c", (CELL + "\n") * times + WHERE], cwd=folder,
                           env=env, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
@@ -124,17 +129,37 @@ def test_a_killed_attempt_leaves_no_half_course(repository, alone, tmp_path):
     assert (alone / "tinygpt" / MODULE).stat().st_size
 
 
+class GitHub(SimpleHTTPRequestHandler):
+    """An archive is on another server than its address says."""
+    def do_GET(self):
+        if not self.path.startswith("/archive/"):
+            return super().do_GET()
+        self.send_response(302)
+        self.send_header("Location", self.path.replace("/archive/", "/moved/"))
+        self.end_headers()
+
+    def log_message(self, *words):
+        pass
+
+
 def test_without_git_it_takes_the_archive(alone, tmp_path):
     programs = {name: shutil.which(name) for name in ("sh", "curl", "tar", "gzip")}
     if not all(programs.values()):
         pytest.skip(f"not here: {[name for name in programs if not programs[name]]}")
     course = copy_course(tmp_path / f"tinygpt-{REF}")
-    (tmp_path / "archive").mkdir()
-    shutil.make_archive(tmp_path / "archive" / REF, "gztar", tmp_path, course.name)
+    (tmp_path / "moved").mkdir()
+    shutil.make_archive(tmp_path / "moved" / REF, "gztar", tmp_path, course.name)
     (tmp_path / "bin").mkdir()
     for name, place in programs.items():
         (tmp_path / "bin" / name).symlink_to(place)
-    assert set_up(alone, tmp_path.as_uri(), path=tmp_path / "bin") == works_in(alone / "tinygpt")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(GitHub, directory=tmp_path))
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        place = set_up(alone, f"http://127.0.0.1:{server.server_port}", path=tmp_path / "bin")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert place == works_in(alone / "tinygpt")
     assert {p.name for p in alone.iterdir()} == {PAGE, "tinygpt"}
     assert not (alone / "tinygpt" / ".git").exists()
 
@@ -167,6 +192,15 @@ def test_a_page_alone_in_a_kernel(repository, alone, monkeypatch):
         for k in (3, 0, 1, 2):
             client.execute_cell(nb.cells[k], k)
     assert pages.output_text(*nb.cells[2].outputs) == expected and "training:" in expected
+
+
+def test_a_page_without_the_set_up_cell_gets_it(tmp_path):
+    page = pages.Page(ROOT / "notebooks" / PAGE)
+    whole = [(cell.id, cell.source) for cell in page.cells]
+    page.nb.cells = [cell for cell in page.cells if cell.id not in publish.IDS]
+    nbformat.write(page.nb, tmp_path / PAGE)
+    written = nbformat.reads(publish.page_text(tmp_path / PAGE, REPO, REF), as_version=4)
+    assert [(cell.id, cell.source) for cell in written.cells] == whole
 
 
 def everything(folder):
@@ -205,7 +239,8 @@ def test_publishing_goes_there_and_back(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--repo=tinygpt"], "owner/name"), (["--repo=https://github.com/a/b"], "owner/name"),
-    (["--repo=a/b/c"], "owner/name"), (["--repo=a/b", "--ref=-x"], "a branch or a tag"),
+    (["--repo=a/b/c"], "owner/name"), (["--repo=ä/b"], "owner/name"),
+    (["--repo=a/b", "--ref=-x"], "a branch or a tag"),
     (["--repo=a/b", "--ref=a b"], "a branch or a tag"), ([], "REPO is missing"),
 ])
 def test_what_is_no_address_changes_nothing(tmp_path, capsys, arguments, words):

@@ -88,7 +88,8 @@ def test_help(program, options):
 
 
 @pytest.mark.parametrize("args", ["train --steps many", "generate --loud", "train dance",
-                                  "generate --top-k 1.5", "train --precision int8"])
+                                  "generate --top-k 1.5", "train --stop-at 2.5",
+                                  "train --precision int8"])
 def test_a_wrong_option_is_named(args):
     status, out, err = call(*args.split())
     assert status == 2 and out == "" and "error: " in err and args.split()[-1] in err
@@ -172,7 +173,7 @@ def test_what_is_resumed_keeps_its_sizes_and_its_seed(trained, option, fits):
         assert option.split()[1] in err and Path("o/last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(("n", "used"), [(100, 100), (0, 300), (300, 300), (10**6, 300)])
+@pytest.mark.parametrize(("n", "used"), [(100, 100), (0, 300), (-5, 300), (10**6, 300)])
 def test_validation_stops_at_val_tokens_and_says_so(monkeypatch, n, used):
     seen, real = [], tiny.evaluate
     monkeypatch.setattr(tiny, "evaluate", lambda model, ids: seen.append(ids) or real(model, ids))

@@ -46,6 +46,7 @@ def test_temperature_divides_the_logits_and_near_0_it_is_greedy(rows, temperatur
         torch.testing.assert_close(probs.sum(-1), torch.ones(len(rows)))
         assert (probs[logits < logits.amax(-1, keepdim=True) - 1e-6] == 0).all()
     assert torch.equal(logits, before)
+    assert next_token_probs(torch.tensor([[1e9, 0.0]]), 1e-40).tolist() == [[1.0, 0.0]]
 
 
 @settings(deadline=None, max_examples=150)
@@ -66,6 +67,12 @@ def test_the_fewest_likeliest_tokens_stay(rows, temperature, k, p):
         # all that k leaves (k beyond V: all); or they reach p of it, and fewer would not
         assert n == len(ranked[:k]) or (p or 1) < 1 and share[n - 1] >= p - 1e-5
         assert p in (None, 1) or n == 1 or share[n - 2] < p + 1e-5
+
+
+def test_the_ends_of_top_p():
+    """What reaches p exactly is enough; 1 leaves also what is too small to count."""
+    assert next_token_probs(torch.zeros(1, 4), top_p=0.5).tolist() == [[0.5, 0.5, 0.0, 0.0]]
+    assert next_token_probs(torch.tensor([[20.0, 0.0]]), top_p=1.0)[0, 1] > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9999}, {"temperature": 3.0}])
@@ -159,10 +166,12 @@ def test_a_row_that_has_stopped_is_filled_up_and_when_all_have_no_more_is_read()
         n = other.index(2) if 2 in other else 12
         assert row == other[:n] + [2] * (12 - n)  # until then as without
     assert 5 < sum(2 in row for row in out) < 40
-    stop, reads = generate(model, prompt[:1], 1, 0)[0, 3].item(), []
-    model.norm.register_forward_hook(lambda *args: reads.append(1))
-    out = generate(model, prompt[:1], 100, 0, stop_id=stop)
-    assert out[0, 3:].tolist() == [stop] * 100 and len(reads) == 1
+    model, row, reads = random_model(vocab_size=4, seed=3), prompt[:1], []
+    stop = generate(model, row, 1, 0)[0, 3].item()
+    model.norm.register_forward_hook(lambda module, args, x: reads.append(x.requires_grad))
+    out = generate(model, row.int(), 100, 0, stop_id=stop)
+    assert out[0, 3:].tolist() == [stop] * 100 != [0] * 100 and out.dtype == torch.int64
+    assert reads == [False]  # once, and nothing is kept for a backward pass
 
 
 STORIES = "A cat.\nThe big dog ran far away.\nI\n\nA cat sat.\n"

@@ -79,6 +79,9 @@ def everything(device):
         generator = torch.Generator().manual_seed(2)
         out[name] = tiny.generate(model, prompt, 15, generator=generator, **how)
     assert tiny.generate(model, prompt, 2).device == x.device  # drawn by the device's own numbers
+    for use in (tiny.generate, lambda model, ids, n: tiny.train(model, ids[0], IDS)):
+        with pytest.raises(ValueError, match="do not fit"):  # these look at values, once
+            use(model, x + 99, 1)
     out["stories"] = tiny.sample_stories(model, TOKENIZER, 3, max_chars=6)
     engine = tiny.Engine(model, max_batch=3, page_size=4, n_pages=7, chunk_size=6)
     for seed in range(5):
@@ -182,6 +185,10 @@ def test_what_each_machine_is_told_to_use(name, monkeypatch):
                 torch.autocast("mps", precision, enabled=False)
                 assert not torch.amp.GradScaler("mps", enabled=precision == F16).is_enabled()
             return
-        tiny.train(small_model(device), IDS, IDS, steps=1, batch_size=2, precision=precision)
+        model, types = small_model(device), []
+        model.blocks[1].attention.proj.register_forward_pre_hook(
+            lambda module, y: types.append(y[0].dtype) if module.training else None)
+        tiny.train(model, IDS, IDS, steps=1, batch_size=2, precision=precision)
+        assert types == [precision if kind == "cuda" else F32]  # in which attention is computed
         assert train_step.call_args.kwargs["scaler"].is_enabled() == scaled
         assert torch.get_float32_matmul_precision() == matmul
