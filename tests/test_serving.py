@@ -402,3 +402,12 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
+
+
+def test_pages_that_others_use_already_cost_a_newcomer_nothing():
+    """Three pages of six are in use, two of them hold the newcomer's beginning: it needs one."""
+    engine, prompt = Engine(tiny(), page_size=4, n_pages=6), some_ids(9)
+    for _ in range(2):
+        engine.submit(prompt, 5, temperature=0)
+        engine.step()
+    assert engine.stats["running"] == 2 and engine.stats["tokens shared"] == 8
