@@ -19,7 +19,7 @@ help:
 	@echo "make lint     look for mistakes in the code"
 	@echo "make colab-like  run every page with Colab's versions, alone in an empty folder (PAGES=...)"
 	@echo "make corpus   write data/tiny_corpus.txt anew"
-	@echo "make model    train data/tiny_model.pt anew (about a quarter of an hour)"
+	@echo "make model    train data/tiny_model.pt anew (about ten minutes)"
 	@echo "make picture  draw the README's picture anew"
 	@echo "make publish  write the course's address everywhere (REPO=owner/name; REF=main)"
 	@echo "make clean    delete .venv and what tools left behind"
