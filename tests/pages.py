@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import unquote
 
 import nbformat
@@ -102,13 +103,17 @@ def run(page, timeout=600):
     place on this machine, or somebody changed the page while it ran."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbclient.output_widget import OutputWidget
     before, start = page.read_bytes(), time.perf_counter()
     nb = nbformat.reads(before.decode("utf-8"), as_version=4)
     os.environ.pop("MPLBACKEND", None)  # a backend set outside would keep figures out of the page
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
                             record_timing=False, resources={"metadata": {"path": str(page.parent)}})
     try:
-        client.execute()
+        # What a widget shows is noted here; to tell the kernel as well, while its answer is awaited
+        # on the same socket, can lose that answer, and the page would wait for ever.
+        with patch.object(OutputWidget, "send"):
+            client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise RuntimeError(f"{page.stem} is not saved: a cell failed\n{error}") from None
     seconds = time.perf_counter() - start
